@@ -112,6 +112,8 @@ class Batch:
         samples: int64 ``(B,)`` index of the sample in its data set's index.
         soft_labels: ``(B, K)`` probabilities or None.
         view_parameters: float32 ``(B, V, P)``, the recorded draw each view is a function of.
+        recorded: int64 ``(B,)``, which recorded view of its sample ``views[0]`` is; −1 where it is
+            drawn anew each epoch.
         cached: teacher name → features of ``views[0]``, where a cache serves them.
         faults: samples that were replaced in this batch, with the cause.
     """
@@ -124,6 +126,7 @@ class Batch:
     samples: Tensor
     soft_labels: Tensor | None = None
     view_parameters: Tensor | None = None
+    recorded: Tensor | None = None
     cached: dict[str, TokenFeatures] | None = None
     faults: list[Fault] = field(default_factory=list)
 
@@ -143,6 +146,7 @@ class Batch:
             samples=function(self.samples),
             soft_labels=optional(self.soft_labels),
             view_parameters=optional(self.view_parameters),
+            recorded=optional(self.recorded),
             cached=None
             if self.cached is None
             else {name: features.map(function) for name, features in self.cached.items()},

@@ -1,0 +1,18 @@
+"""Callbacks: probes and diagnostics around training; none of them trains anything."""
+
+from multikd.callbacks.data_faults import DataFaults
+from multikd.callbacks.feature_writer import FeatureWriter
+from multikd.callbacks.finite import FiniteLossGuard, NonFiniteLossError
+from multikd.callbacks.knn_probe import KNNProbe
+from multikd.callbacks.precompute import PrecomputeFeatures
+from multikd.callbacks.throughput import Throughput
+
+__all__ = [
+    "DataFaults",
+    "FeatureWriter",
+    "FiniteLossGuard",
+    "KNNProbe",
+    "NonFiniteLossError",
+    "PrecomputeFeatures",
+    "Throughput",
+]

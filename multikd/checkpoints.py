@@ -1,0 +1,134 @@
+"""Checkpoints of ``multikd fit``, read back without running anything that is in them."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from multikd.students import StudentEncoder
+
+CHECKPOINT_KEY = "multikd"
+WeightChoice = Literal["auto", "ema", "raw"]
+
+
+@dataclass
+class TrainedStudent:
+    """A student out of a checkpoint, with what an export should say of it.
+
+    Attributes:
+        student: in eval mode, with the trained weights.
+        config: the run's full typed config, as plain dictionaries.
+        teachers: name → encoder, licence, source and fingerprint of each.
+        weights: ``ema`` or ``raw``: which were taken.
+        epoch: epochs trained.
+        step: optimiser steps taken.
+    """
+
+    student: StudentEncoder
+    config: dict[str, Any]
+    teachers: dict[str, dict[str, str]]
+    weights: str
+    epoch: int
+    step: int
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """A checkpoint's dictionary, read with ``weights_only=True``.
+
+    Raises:
+        ValueError: no such file, not a checkpoint, truncated, or holding arbitrary objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}: give the .ckpt file of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of plain tensors and settings, so it is not read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(
+            f"{path} is truncated or is no checkpoint ({str(error).splitlines()[0]}): "
+            "give another one of the run"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def read_config(checkpoint: dict[str, Any], path: Path | str) -> dict[str, Any]:
+    """The typed config that a checkpoint of ours carries, as plain dictionaries.
+
+    Raises:
+        ValueError: the checkpoint is not one of ours.
+    """
+    entry = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(entry, dict) or not isinstance(entry.get("config"), str):
+        raise ValueError(
+            f"{path} is no checkpoint of multikd (it has no '{CHECKPOINT_KEY}' entry with the "
+            "run's config): give one that `multikd fit` wrote"
+        )
+    config = yaml.safe_load(entry["config"])
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise ValueError(f"the config inside {path} can't be read: give another checkpoint")
+    return config
+
+
+def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStudent:
+    """Build the student that a checkpoint trained; nothing but the file is needed.
+
+    Args:
+        path: a checkpoint that ``multikd fit`` wrote.
+        weights: the ``ema`` average, the ``raw`` last weights, or ``auto``: the average where the
+            run kept one.
+
+    Raises:
+        ValueError: not a checkpoint of ours, or the average asked for was not kept.
+    """
+    checkpoint = read_checkpoint(path)
+    config = read_config(checkpoint, path)
+    settings = config["model"].get("init_args", {})
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    has_average = any(key.startswith("average.student.") for key in state)
+    if weights == "ema" and not has_average:
+        raise ValueError(
+            f"{path} holds no average of the student: the run had no model.ema_decay; "
+            "use --weights raw"
+        )
+    taken = "ema" if has_average and weights != "raw" else "raw"
+    prefix = "average.student." if taken == "ema" else "student."
+    student = build_student(settings["student"])
+    student.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    )
+    student.eval()
+    return TrainedStudent(
+        student=student,
+        config=config,
+        teachers=checkpoint.get("teachers", {}),
+        weights=taken,
+        epoch=int(checkpoint.get("epoch", 0)) + 1,
+        step=int(checkpoint.get("global_step", 0)),
+    )
+
+
+def build_student(settings: dict[str, Any]) -> StudentEncoder:
+    """A student from its typed config, without loading pretrained weights (they are replaced)."""
+    init_args = {**settings.get("init_args", {}), "pretrained": False, "checkpoint": None}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(StudentEncoder, "student")
+    parsed = parser.parse_object(
+        {"student": {"class_path": settings["class_path"], "init_args": init_args}}
+    )
+    student: StudentEncoder = parser.instantiate(parsed).student
+    return student

@@ -1,0 +1,73 @@
+"""Where a view lies in its image: crop boxes, crop and resize. PIL images in and out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Range = tuple[float, float]
+ATTEMPTS = 10  # torchvision's, before the central crop
+BOX_DRAWS = 2 * ATTEMPTS + 2  # uniform numbers that ``crop_box`` takes
+
+
+def crop_box(
+    u: list[float], image_size: tuple[int, int], scale: Range, ratio: Range
+) -> tuple[float, float, float, float]:
+    """torchvision's RandomResizedCrop box, as fractions of the image's height and width.
+
+    A fraction in float32 gives its pixel back by rounding for sides up to 4 million.
+    """
+    width, height = image_size
+    logs = (math.log(ratio[0]), math.log(ratio[1]))
+    for attempt in range(ATTEMPTS):
+        area = width * height * between(u[2 * attempt], scale)
+        aspect = math.exp(between(u[2 * attempt + 1], logs))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(u[2 * ATTEMPTS] * (height - h + 1))
+            left = int(u[2 * ATTEMPTS + 1] * (width - w + 1))
+            return top / height, left / width, h / height, w / width
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, min(height, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        w = max(1, min(width, round(height * ratio[1])))
+    return ((height - h) // 2) / height, ((width - w) // 2) / width, h / height, w / width
+
+
+def crop_resize(image: Image.Image, box: list[float], size: int) -> Image.Image:
+    """Crop first, then resize: the pixels outside the crop cost and count nothing."""
+    width, height = image.size
+    top, left = round(box[0] * height), round(box[1] * width)
+    h, w = round(box[2] * height), round(box[3] * width)
+    if (h, w) != (height, width):
+        image = image.crop((left, top, left + w, top + h))
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def resize_centre(image: Image.Image, resize: int, size: int) -> Image.Image:
+    """Resize the short side and cut out the centre, computing only what is kept."""
+    width, height = image.size
+    short = min(width, height)
+    new_w = resize if width == short else int(resize * width / height)
+    new_h = resize if height == short else int(resize * height / width)
+    left, top = round((new_w - size) / 2), round((new_h - size) / 2)
+    step_x, step_y = width / new_w, height / new_h
+    box = (left * step_x, top * step_y, (left + size) * step_x, (top + size) * step_y)
+    # Rounding must not push the box past the image by an ulp: PIL refuses it.
+    box = (box[0], box[1], min(box[2], float(width)), min(box[3], float(height)))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 ``(3, H, W)`` of an RGB image."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def between(u: float, bounds: Range) -> float:
+    """The place ``u`` in [0, 1) of an interval."""
+    return bounds[0] + u * (bounds[1] - bounds[0])

@@ -1,0 +1,292 @@
+"""From places in the order to batches: read, decode, view, stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from multikd.data.cache import CacheSource, FeatureCache
+from multikd.data.decode import (
+    DEFAULT_MAX_PIXELS,
+    IMAGE_EXTENSIONS,
+    SampleFault,
+    decode_image,
+    decode_label,
+    find_image,
+)
+from multikd.data.order import EpochOrder
+from multikd.data.remote import is_remote
+from multikd.data.sampler import FILLER, Place
+from multikd.data.sources import ShardSource
+from multikd.data.views import DrawKey, ViewPolicy, recorded_number
+from multikd.types import Batch, Fault
+
+Ints = npt.NDArray[np.int64]
+
+NEIGHBOURS = 16
+"""Samples after a faulty one, in file order, that are tried in its place."""
+
+
+class Sample(NamedTuple):
+    """One decoded sample."""
+
+    image: Image.Image  # RGB
+    label: int  # −1 for none
+    key: str
+
+
+class SampleReader:
+    """Decoded samples by (data set, sample), one process's view of the shards.
+
+    Args:
+        sources: the data sets.
+        max_pixels: larger images are faults.
+        keep: hold decoded samples in memory; ``preload`` decodes all of them at once, so that
+            forked workers share them.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ShardSource],
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        keep: bool = False,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.max_pixels = max_pixels
+        self._keep = keep
+        self._kept: dict[tuple[int, int], Sample | SampleFault] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # a spawned worker decodes for itself
+
+    def preload(self, limit_bytes: float) -> None:
+        """Decode every sample into memory.
+
+        Raises:
+            ValueError: the decoded images need more than ``limit_bytes``.
+        """
+        used = 0
+        for dataset, source in enumerate(self.sources):
+            for number in range(len(source)):
+                if (dataset, number) in self._kept:
+                    continue
+                found = self._decode(dataset, number)
+                self._kept[dataset, number] = found
+                if isinstance(found, Sample):
+                    used += 3 * found.image.width * found.image.height
+                if used > limit_bytes:
+                    raise ValueError(
+                        f"the decoded images need more than in_memory_gb={limit_bytes / 1e9:g}: "
+                        "raise it, or set in_memory to false"
+                    )
+
+    def place(self, dataset: int, number: int) -> tuple[str, str]:
+        """(shard's name, key) of a sample, for messages."""
+        source = self.sources[dataset]
+        shard, offset = source.locate(number)
+        return source.name(shard), source.key(shard, offset)
+
+    def read(self, dataset: int, number: int) -> tuple[Sample, Fault | None]:
+        """A sample, or the nearest sound one after it and the fault that it stands in for.
+
+        Raises:
+            ValueError: the ``NEIGHBOURS`` samples after a faulty one are faulty too.
+        """
+        found = self._find(dataset, number)
+        if isinstance(found, Sample):
+            return found, None
+        shard, key = self.place(dataset, number)
+        fault = Fault(found.cause, shard, key, found.detail)
+        total = len(self.sources[dataset])
+        for step in range(1, min(NEIGHBOURS, total - 1) + 1):
+            neighbour = self._find(dataset, (number + step) % total)
+            if isinstance(neighbour, Sample):
+                return neighbour, fault
+        raise ValueError(
+            f"neither sample {key} of {shard} ({fault.cause}: {fault.detail}) nor any of the "
+            f"{min(NEIGHBOURS, total - 1)} after it can be read: run  multikd shards inspect  "
+            "on the shards"
+        )
+
+    def _find(self, dataset: int, number: int) -> Sample | SampleFault:
+        known = self._kept.get((dataset, number))
+        if known is not None:
+            return known
+        found = self._decode(dataset, number)
+        if not self._keep:
+            # The last one stays: a cache's rows ask for all views of a sample in a row.
+            self._kept.clear()
+        self._kept[dataset, number] = found
+        return found
+
+    def _decode(self, dataset: int, number: int) -> Sample | SampleFault:
+        source = self.sources[dataset]
+        shard, offset = source.locate(number)
+        try:
+            members = source.read_members(shard, offset, _wanted(source, shard))
+            return decode_members(members, source.key(shard, offset), self.max_pixels)
+        except SampleFault as fault:
+            return fault
+
+
+def decode_members(members: dict[str, bytes], key: str, max_pixels: int) -> Sample:
+    """Image and label of a sample's members.
+
+    Raises:
+        SampleFault: there is no image, or image or label cannot be read.
+    """
+    image = decode_image(find_image(members), max_pixels)
+    return Sample(image, decode_label(members), key)
+
+
+def _wanted(source: ShardSource, shard: int) -> list[str]:
+    """Extensions of the image and of the label; large other members are not read."""
+    extensions = source.indexes[shard].extensions
+    return [
+        e for e in extensions if e.rpartition(".")[2] in IMAGE_EXTENSIONS or e in ("cls", "json")
+    ]
+
+
+class ShardDataset(Dataset[Batch]):
+    """Batches by lists of (epoch, position); a pure function of them and of the shards.
+
+    A faulty sample keeps its place: position, ``samples`` and the key of its view are the place's
+    own, image, label and sample key are the neighbour's, and the fault is noted in the batch.
+    A place of position ``FILLER`` shows the batch's first real place again, with label −1.
+
+    Args:
+        reader: the samples.
+        order: position → sample.
+        policies: one or several views of each image; only the first may be recorded.
+        seed: of the views.
+        cache: features of the first view to add to each batch, and of which teachers.
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        order: EpochOrder,
+        policies: Sequence[ViewPolicy],
+        seed: int = 0,
+        cache: tuple[FeatureCache, tuple[str, ...]] | None = None,
+    ) -> None:
+        if not policies:
+            raise ValueError("a data set needs at least one view policy, received none")
+        self.reader = reader
+        self.order = order
+        self.policies = tuple(policies)
+        self.seed = seed
+        self.cache = cache
+        self._remote = any(is_remote(url) for source in reader.sources for url in source.urls)
+
+    def __len__(self) -> int:
+        return self.order.length
+
+    def __getitem__(self, place: Place) -> Batch:
+        return self.__getitems__([place])
+
+    def __getitems__(self, places: list[Place]) -> Batch:
+        """The batch of these places, all of one epoch."""
+        epoch = places[0][0]
+        positions = np.array([position for _, position in places], dtype=np.int64)
+        real = positions != FILLER
+        stand_in = int(positions[real][0]) if real.any() else 0
+        dataset, sample, number = self._resolve(epoch, np.where(real, positions, stand_in))
+        if self._remote:
+            self._fetch_ahead(epoch, stand_in)
+        return self._assemble(epoch, positions, dataset, sample, number)
+
+    def _resolve(self, epoch: int, positions: Ints) -> tuple[Ints, Ints, Ints]:
+        """Data set, sample and number of the recorded view (−1: drawn anew) at positions."""
+        located = self.order.locate(epoch, positions)
+        count = self.policies[0].recorded
+        numbers = [
+            -1 if count is None else recorded_number(epoch, sample, count)
+            for sample in located.sample.tolist()
+        ]
+        return located.dataset, located.sample, np.array(numbers, dtype=np.int64)
+
+    def _fetch_ahead(self, epoch: int, position: int) -> None:
+        ahead = self.order.shards_ahead(epoch, position)
+        for source, shards in zip(self.reader.sources, ahead, strict=True):
+            source.prefetch(shards)
+
+    def _assemble(
+        self, epoch: int, positions: Ints, dataset: Ints, sample: Ints, number: Ints
+    ) -> Batch:
+        views: list[list[Tensor]] = [[] for _ in self.policies]
+        size = max(len(policy.names) for policy in self.policies)
+        parameters = np.zeros((len(positions), len(self.policies), size), dtype=np.float32)
+        labels, keys, faults = [], [], []
+        rows = zip(*(a.tolist() for a in (positions, dataset, sample, number)), strict=True)
+        for row, (position, group, index, recorded) in enumerate(rows):
+            found, fault = self.reader.read(group, index)
+            labels.append(found.label if position != FILLER else -1)
+            keys.append(found.key)
+            if fault is not None and position != FILLER:
+                faults.append(fault)
+            for view, policy in enumerate(self.policies):
+                if view == 0 and recorded >= 0:
+                    key = DrawKey.recorded(self.seed, group, index, recorded)
+                else:
+                    key = DrawKey.live(self.seed, epoch, position, view)
+                drawn = policy.draw(key, found.image.size)
+                parameters[row, view, : len(drawn)] = drawn
+                views[view].append(policy.apply(found.image, drawn))
+        return Batch(
+            views=[torch.stack(images) for images in views],
+            labels=torch.tensor(labels, dtype=torch.int64),
+            keys=keys,
+            dataset=torch.from_numpy(dataset),
+            positions=torch.from_numpy(positions),
+            samples=torch.from_numpy(sample),
+            view_parameters=torch.from_numpy(parameters),
+            recorded=torch.from_numpy(number),
+            cached=self._cached(dataset, sample, number),
+            faults=faults,
+        )
+
+    def _cached(self, dataset: Ints, sample: Ints, number: Ints) -> Any:
+        if self.cache is None:
+            return None
+        cache, names = self.cache
+        return cache.get(cache.source.rows_of(dataset, sample, number), names)
+
+
+class RecordedDataset(ShardDataset):
+    """Every recorded view that a cache still lacks: position = place in ``rows``.
+
+    Args:
+        reader, policy, seed: as the training set's.
+        source: maps rows to (data set, sample, number).
+        rows: int64, rows of the cache to compute.
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        policy: ViewPolicy,
+        source: CacheSource,
+        rows: Ints,
+        seed: int = 0,
+    ) -> None:
+        lengths = [source_.lengths for source_ in reader.sources]
+        super().__init__(reader, EpochOrder(lengths, shuffle=False), [policy], seed)
+        self._source = source
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _fetch_ahead(self, epoch: int, position: int) -> None:
+        super()._fetch_ahead(0, int(self._rows[position]) // self._source.views)
+
+    def _resolve(self, epoch: int, positions: Ints) -> tuple[Ints, Ints, Ints]:
+        return self._source.places_of(self._rows[positions])

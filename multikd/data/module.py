@@ -1,0 +1,447 @@
+"""``ShardDataModule``: shards under Lightning, for training, validation and feature caches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from multikd import distributed
+from multikd.data.cache import CacheDtype, CacheSource, FeatureCache, FeatureCacheWriter
+from multikd.data.dataset import RecordedDataset, SampleReader, ShardDataset
+from multikd.data.decode import DEFAULT_MAX_PIXELS
+from multikd.data.faults import FaultCounter
+from multikd.data.loader import ShardLoader, identity
+from multikd.data.order import EpochOrder
+from multikd.data.remote import RemoteCache
+from multikd.data.sampler import GlobalBatchSampler
+from multikd.data.sequential import SequentialShards, sequential_urls
+from multikd.data.sources import DEFAULT_CACHE, ShardSource
+from multikd.data.specs import DatasetSpec, Opened, dataset_facts
+from multikd.data.views import EvalViews, UnicViews, ViewPolicy
+from multikd.types import TokenFeatures
+
+__all__ = ["DatasetSpec", "ShardDataModule"]
+
+
+class ShardDataModule(LightningDataModule):
+    """Training, validation and bank (support) sets from shards.
+
+    Args:
+        train: shards, or a mixture: name → ``DatasetSpec``.
+        val: shards to validate on, each sample once; None: no validation.
+        bank: labelled support set of the k-NN probe, read like ``val``; None: none.
+        train_views: one view policy, or several for several views of each image; None: UNIC's.
+        eval_views: of ``val`` and ``bank``; None: resize and centre crop to the training size.
+        batch_size: samples per batch on each process.
+        eval_batch_size: the same for evaluation; None: ``batch_size``.
+        num_workers: loader workers of each process.
+        seed: of order and views.
+        window_shards: shards whose samples are shuffled together.
+        epoch_length: samples in an epoch; None: all (a mixture: the sum of its data sets).
+        cache: folder of the feature cache; needs ``train_views`` with ``recorded``.
+        cache_dtype: how features are kept.
+        in_memory: decode small sets once and keep the images.
+        in_memory_gb: bound of that, per set.
+        max_fault_rate: share of unreadable samples past which the run stops.
+        max_pixels: larger images are faults.
+        allow_truncated: take shards that were cut off up to their last whole sample.
+        index_dir: where indexes go that cannot be written beside their shards.
+        shard_cache: where remote shards are kept.
+        shard_cache_gb: bound of that folder.
+        prefetch_factor: batches that each worker prepares ahead.
+        persistent_workers: keep workers between epochs.
+        worker_start: how workers are started; None: the platform's way.
+        sequential: read ``train`` as a plain stream (``pipe:`` sources; see ``sequential.py`` for
+            what that cannot promise); ``val`` and ``bank`` stay indexed.
+        allow_pipe: let ``pipe:`` sources run their commands.
+        epoch_batches: batches of an epoch in the sequential mode.
+        shuffle_buffer: samples among which the sequential mode shuffles.
+
+    Validation loaders are ``[val, bank]``, or ``[val]`` without a bank. ``setup`` opens and checks
+    everything and raises a ``ValueError`` of one sentence before training begins.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | dict[str, DatasetSpec],
+        val: str | list[str] | None = None,
+        bank: str | list[str] | None = None,
+        train_views: ViewPolicy | list[ViewPolicy] | None = None,
+        eval_views: ViewPolicy | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 4,
+        seed: int = 0,
+        window_shards: int = 16,
+        epoch_length: int | None = None,
+        cache: str | None = None,
+        cache_dtype: CacheDtype = "float16",
+        in_memory: bool = False,
+        in_memory_gb: float = 2.0,
+        max_fault_rate: float = 0.01,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        allow_truncated: bool = False,
+        index_dir: str | None = None,
+        shard_cache: str | None = None,
+        shard_cache_gb: float = 50.0,
+        prefetch_factor: int = 2,
+        persistent_workers: bool = True,
+        worker_start: Literal["fork", "forkserver", "spawn"] | None = None,
+        sequential: bool = False,
+        allow_pipe: bool = False,
+        epoch_batches: int | None = None,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        super().__init__()
+        if train_views is None:
+            train_views = UnicViews()
+        self.train_views = [train_views] if isinstance(train_views, ViewPolicy) else train_views
+        if not self.train_views:
+            raise ValueError("train_views must be at least one view policy, received an empty list")
+        self.eval_views = eval_views or EvalViews(self.train_views[0].size)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.window_shards = window_shards
+        self.epoch_length = epoch_length
+        self.cache = cache
+        self.cache_dtype = cache_dtype
+        self.in_memory_bytes = in_memory_gb * 1e9 if in_memory else None
+        self.max_fault_rate = max_fault_rate
+        self.max_pixels = max_pixels
+        self.prefetch_factor = prefetch_factor
+        self.persistent_workers = persistent_workers
+        self.worker_start = worker_start
+        self.sequential = sequential
+        self.allow_pipe = allow_pipe
+        self.epoch_batches = epoch_batches
+        self.shuffle_buffer = shuffle_buffer
+        self._specs = {"train": train, "val": val, "bank": bank}
+        self._source_settings: dict[str, Any] = {
+            "index_dir": index_dir,
+            "cache_dir": shard_cache,
+            "cache_gb": shard_cache_gb,
+            "allow_truncated": allow_truncated,
+        }
+        self._opened: dict[str, Opened] = {}
+        self._loaders: list[ShardLoader] = []
+        self._fingerprints: dict[str, str] | None = None
+        self._check_settings()
+
+    # --- checking and opening -----------------------------------------------------------------
+
+    def _check_settings(self) -> None:
+        if self.num_workers < 0 or self.prefetch_factor < 1:
+            raise ValueError(
+                "num_workers must be at least 0 and prefetch_factor at least 1, received "
+                f"{self.num_workers} and {self.prefetch_factor}"
+            )
+        FaultCounter(self.max_fault_rate)  # raises on a bad rate
+        if any(policy.recorded is not None for policy in self.train_views[1:]):
+            raise ValueError("only the first of several train_views can have recorded views")
+        recorded = self.train_views[0].recorded is not None
+        if self.cache is not None and not recorded:
+            raise ValueError(
+                "a feature cache needs views that come back: set recorded (for instance 4) in "
+                "train_views"
+            )
+        if self.sequential:
+            if self.epoch_batches is None:
+                raise ValueError(
+                    "the sequential mode does not know how long an epoch is: set epoch_batches"
+                )
+            if recorded or self._specs["train"] is None or isinstance(self._specs["train"], dict):
+                raise ValueError(
+                    "recorded views, feature caches and mixtures need the indexed mode: set "
+                    "sequential to false, or leave them out"
+                )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open and check the data sets that a stage needs (None: all).
+
+        Raises:
+            ValueError: no shard matched, a shard is empty or truncated, or the training set is
+                smaller than one global batch.
+        """
+        roles = ("train", "val", "bank") if stage in (None, "fit") else ("val", "bank")
+        for role in roles:
+            if role == "train" and self.sequential:
+                self._sequential().check_workers(self.num_workers)
+            elif self._specs[role] is not None:
+                self._open(role)
+        if "train" in roles and not self.sequential:
+            self._train_sampler(*self._ranks())
+
+    def _open(self, role: str) -> Opened:
+        if role in self._opened:
+            return self._opened[role]
+        spec = self._specs[role]
+        if spec is None:
+            raise ValueError(f"this data module has no {role} shards: set {role}")
+        specs = spec if isinstance(spec, dict) else {role: DatasetSpec(spec)}
+        if not specs:
+            raise ValueError(f"{role} must name at least one data set, received an empty mixture")
+        opened = Opened(
+            tuple(specs),
+            tuple(one.weight for one in specs.values()),
+            SampleReader(
+                [ShardSource(one.urls, **self._source_settings) for one in specs.values()],
+                self.max_pixels,
+                keep=self.in_memory_bytes is not None,
+            ),
+        )
+        for name, samples in zip(opened.names, opened.samples, strict=True):
+            if samples == 0:
+                raise ValueError(f"the {role} data set {name!r} has no samples: check its shards")
+        self._opened[role] = opened
+        return opened
+
+    def _ranks(self) -> tuple[int, int]:
+        """(rank, world): the process group's, else the trainer's, else one process."""
+        if distributed.is_distributed():
+            return distributed.rank(), distributed.world_size()
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        return 0, 1
+
+    # --- training -----------------------------------------------------------------------------
+
+    def train_order(self) -> EpochOrder:
+        """The order of the training samples."""
+        train = self._open("train")
+        return EpochOrder(
+            train.lengths, train.weights, self.seed, self.window_shards, self.epoch_length
+        )
+
+    def _train_sampler(self, rank: int, world: int) -> GlobalBatchSampler:
+        return GlobalBatchSampler(self.train_order().length, self.batch_size, rank, world)
+
+    def steps_per_epoch(self, world: int = 1) -> int:
+        """Batches of an epoch on each of ``world`` processes."""
+        if self.sequential:
+            return self.epoch_batches or 0
+        return len(self._train_sampler(0, world))
+
+    def train_dataloader(self) -> ShardLoader:
+        """This rank's training batches; with a cache they carry the teachers' features."""
+        if self.sequential:
+            dataset = self._sequential()
+            dataset.check_workers(self.num_workers)
+            # Workers get the epoch with the data set when they start, so they start every epoch.
+            return self._loader(dataset, dataset, persistent=False)
+        train = self._open("train")
+        shards = ShardDataset(
+            self._read_ready(train), self.train_order(), self.train_views, self.seed, self._cached()
+        )
+        return self._loader(shards, self._train_sampler(*self._ranks()), train=True)
+
+    def _sequential(self) -> SequentialShards:
+        spec = self._specs["train"]
+        if spec is None or isinstance(spec, dict):
+            raise ValueError("the sequential mode reads one list of shards: set train to it")
+        settings = self._source_settings
+        folder = Path(settings["cache_dir"]) if settings["cache_dir"] else DEFAULT_CACHE / "shards"
+        rank, world = self._ranks()
+        return SequentialShards(
+            sequential_urls(spec, self.allow_pipe),
+            self.train_views,
+            self.batch_size,
+            self.epoch_batches or 0,
+            remote=RemoteCache(folder, int(settings["cache_gb"] * 1e9)),
+            rank=rank,
+            world=world,
+            seed=self.seed,
+            shuffle_buffer=self.shuffle_buffer,
+            max_pixels=self.max_pixels,
+        )
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def val_dataloader(self) -> list[ShardLoader]:
+        """``[val, bank]`` (those that were given): each sample once, in file order.
+
+        Every rank has equally many batches; places that only pad them have position −1.
+        """
+        return [self.eval_dataloader(r) for r in ("val", "bank") if self._specs[r] is not None]
+
+    def test_dataloader(self) -> list[ShardLoader]:
+        """The same as for validation."""
+        return self.val_dataloader()
+
+    def eval_dataloader(self, role: Literal["train", "val", "bank"] | str) -> ShardLoader:
+        """One of the sets with the evaluation views, in file order."""
+        opened = self._open(role)
+        order = EpochOrder(opened.lengths, seed=self.seed, shuffle=False)
+        dataset = ShardDataset(self._read_ready(opened), order, [self.eval_views], self.seed)
+        rank, world = self._ranks()
+        sampler = GlobalBatchSampler(
+            order.length, self.eval_batch_size, rank, world, drop_last=False
+        )
+        return self._loader(dataset, sampler)
+
+    # --- feature cache ------------------------------------------------------------------------
+
+    def cache_source(self) -> CacheSource:
+        """What the cached features depend on besides the teachers."""
+        train, policy = self._open("train"), self.train_views[0]
+        if policy.recorded is None:
+            raise ValueError("cached features need recorded views: set recorded in train_views")
+        digest = hashlib.sha256()
+        for source in train.reader.sources:
+            digest.update(source.fingerprint().encode())
+        return CacheSource(
+            digest.hexdigest(), train.samples, policy.recorded, policy.describe(), self.seed
+        )
+
+    def _cache_folder(self) -> str:
+        if self.cache is None:
+            raise ValueError("this data module has no feature cache: set cache to a folder")
+        return self.cache
+
+    def cache_complete(self, fingerprints: Mapping[str, str]) -> bool:
+        """Whether the cache has every row of these teachers (name → fingerprint).
+
+        Whatever the answer, ``train_dataloader`` serves these teachers from the cache from now on.
+
+        Raises:
+            ValueError: the cache was made from other data, views or teachers; names what differs.
+        """
+        self._fingerprints = dict(fingerprints)
+        try:
+            cache = FeatureCache(self._cache_folder(), self.cache_source())
+        except FileNotFoundError:
+            return False
+        present = {n: f for n, f in fingerprints.items() if n in cache.records}
+        cache.check(present)
+        return len(present) == len(fingerprints) and not len(cache.missing(list(fingerprints)))
+
+    def open_cache_writer(
+        self, specs: Mapping[str, tuple[str, TokenFeatures]]
+    ) -> FeatureCacheWriter:
+        """Create or continue the cache for teachers: name → (fingerprint, example features)."""
+        self._fingerprints = {name: fingerprint for name, (fingerprint, _) in specs.items()}
+        return FeatureCacheWriter(
+            self._cache_folder(), self.cache_source(), specs, self.cache_dtype
+        )
+
+    def precompute_dataloader(
+        self, rank: int | None = None, world: int | None = None
+    ) -> ShardLoader | None:
+        """Batches of the recorded views that the cache still lacks; None when it lacks none.
+
+        Call it after ``open_cache_writer``, on every rank before any of them writes (a barrier
+        between the two): the ranks share the rows that are missing now.
+        """
+        here = self._ranks()
+        rank, world = here[0] if rank is None else rank, here[1] if world is None else world
+        cache = FeatureCache(self._cache_folder(), self.cache_source())
+        rows = cache.missing(list(self._fingerprints or cache.records))
+        if not len(rows):
+            return None
+        train = self._open("train")
+        dataset = RecordedDataset(
+            self._read_ready(train), self.train_views[0], cache.source, rows, self.seed
+        )
+        sampler = GlobalBatchSampler(len(rows), self.eval_batch_size, rank, world, drop_last=False)
+        return self._loader(dataset, sampler, persistent=False)
+
+    def _cached(self) -> tuple[FeatureCache, tuple[str, ...]] | None:
+        if self.cache is None or self._fingerprints is None:
+            return None
+        if not self.cache_complete(self._fingerprints):
+            raise ValueError(
+                f"the feature cache {self.cache} is not complete for the teachers "
+                f"{sorted(self._fingerprints)}: compute the missing features first"
+            )
+        return FeatureCache(self.cache, self.cache_source()), tuple(self._fingerprints)
+
+    # --- what others ask ----------------------------------------------------------------------
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, from the ``dataset.json`` beside local shards; None without."""
+        for role in ("val", "bank", "train"):
+            if self._specs[role] is None or (role == "train" and self.sequential):
+                continue
+            for source in self._open(role).reader.sources:
+                found = dataset_facts(source.urls[0]).get("classes")
+                if found:
+                    return [str(name) for name in found]
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Samples, shards, share and index faults of every set, as JSON values."""
+        sets: dict[str, Any] = {}
+        for role, spec in self._specs.items():
+            if spec is None or (role == "train" and self.sequential):
+                continue
+            opened = self._open(role)
+            total = sum(opened.weights)
+            sets[role] = {
+                name: {
+                    "samples": len(source),
+                    "shards": len(source.urls),
+                    "share": weight / total,
+                    "faults": source.faults,
+                }
+                for name, weight, source in zip(
+                    opened.names, opened.weights, opened.reader.sources, strict=True
+                )
+            }
+        return {
+            "sets": sets,
+            "classes": None if (names := self.classes) is None else len(names),
+            "views": [policy.describe() for policy in self.train_views],
+            "batch_size": self.batch_size,
+        }
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop workers and close shards."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
+        for opened in self._opened.values():
+            for source in opened.reader.sources:
+                source.close()
+
+    # --- loaders ------------------------------------------------------------------------------
+
+    def _read_ready(self, opened: Opened) -> SampleReader:
+        if self.in_memory_bytes is not None:
+            opened.reader.preload(self.in_memory_bytes)
+        return opened.reader
+
+    def _loader(
+        self,
+        dataset: ShardDataset | SequentialShards,
+        sampler: GlobalBatchSampler | SequentialShards,
+        train: bool = False,
+        persistent: bool = True,
+    ) -> ShardLoader:
+        workers = self.num_workers
+        settings: dict[str, Any] = {
+            "num_workers": workers,
+            "collate_fn": identity,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if workers:
+            settings["prefetch_factor"] = self.prefetch_factor
+            settings["persistent_workers"] = self.persistent_workers and persistent
+            settings["multiprocessing_context"] = self.worker_start
+        if isinstance(sampler, SequentialShards):
+            settings["batch_size"] = None
+        else:
+            settings["batch_sampler"] = sampler
+        overfit = train and getattr(self.trainer, "overfit_batches", 0) > 0
+        loader = ShardLoader(
+            DataLoader(dataset, **settings), sampler, FaultCounter(self.max_fault_rate), overfit
+        )
+        self._loaders.append(loader)
+        return loader

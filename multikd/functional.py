@@ -1,0 +1,215 @@
+"""Pure maths on tensors: no state, no ranks. Shape legend in ``multikd.types``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COSINE_EPS = 1e-8  # least product of two norms in a cosine, as in torch
+
+_MASK64 = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """float32, or float64 where it is that already (gradient checks)."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off, so that losses stay in float32."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device_type=device.type, enabled=False)
+    return nullcontext()
+
+
+def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """``1 − cos(prediction, target)`` over the last dimension: ``(…, D)`` → ``(…)`` in [0, 2].
+
+    A vector of zeros has cosine 0 with everything.
+    """
+    dot = (prediction * target).sum(-1)
+    norms = torch.linalg.vector_norm(prediction, dim=-1) * torch.linalg.vector_norm(target, dim=-1)
+    similarity: Tensor = dot / norms.clamp(min=COSINE_EPS)
+    return 1.0 - similarity
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
+    """Mean over the last dimension of the Huber-like loss: ``(…, D)`` → ``(…)``, ≥ 0.
+
+    ``d²/(2β)`` for ``|d| < β``, else ``|d| − β/2`` (Girshick 2015; β = 0 is the L1 distance).
+    """
+    return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).mean(-1)
+
+
+def token_distance(
+    prediction: Tensor, target: Tensor, cosine: float, smooth: float, beta: float
+) -> Tensor:
+    """``cosine · cosine_distance + smooth · smooth_l1``, in one piece: ``(…, D)`` → ``(…)``.
+
+    The same numbers and gradients as the two functions, in fewer passes over memory. A vector
+    whose distance gets no gradient passes none on, even if it holds a NaN: what is masked
+    out of a loss with ``torch.where`` is gone, where autograd would multiply 0 by NaN.
+
+    Args:
+        prediction: float32 or float64.
+        target: same shape and dtype.
+        cosine: weight of the cosine distance.
+        smooth: weight of smooth-L1.
+        beta: of smooth-L1, 0 or more.
+    """
+    distance: Tensor = _TokenDistance.apply(prediction, target, cosine, smooth, beta)
+    return distance
+
+
+class _TokenDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, s: Tensor, y: Tensor, cosine: float, smooth: float, beta: float
+    ) -> Tensor:
+        norm_s = torch.linalg.vector_norm(s, dim=-1)
+        norm_y = torch.linalg.vector_norm(y, dim=-1)
+        norms = (norm_s * norm_y).clamp(min=COSINE_EPS)
+        similarity = (s * y).sum(-1) / norms
+        ctx.save_for_backward(s, y, norm_s, norm_y, norms, similarity)
+        ctx.weights = (cosine, smooth, beta)
+        distance: Tensor = cosine * (1.0 - similarity) + smooth * smooth_l1(s, y, beta)
+        return distance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        s, y, norm_s, norm_y, norms, similarity = ctx.saved_tensors
+        cosine, smooth, beta = ctx.weights
+        across = -cosine * gradient / norms
+        # d smoothL1/ds is the difference cut at ±β, over β; its sign for β = 0.
+        huber = (s - y).sign_() if beta == 0 else (s - y).clamp_(-beta, beta)
+        huber *= (gradient * (smooth / (s.shape[-1] * (beta or 1.0)))).unsqueeze(-1)
+        unused = (gradient == 0).unsqueeze(-1)
+
+        def toward(own: Tensor, other: Tensor, norm: Tensor, rest: Tensor) -> Tensor:
+            # Where the product of the norms is clamped, it does not depend on them.
+            free = (norms > COSINE_EPS) & (norm > 0)
+            along = torch.where(free, cosine * gradient * similarity / norm.square(), 0.0)
+            rest.addcmul_(other, across.unsqueeze(-1)).addcmul_(own, along.unsqueeze(-1))
+            return rest.masked_fill_(unused, 0.0)
+
+        to_y = toward(y, s, norm_y, -huber) if ctx.needs_input_grad[1] else None
+        to_s = toward(s, y, norm_s, huber) if ctx.needs_input_grad[0] else None
+        return to_s, to_y, None, None, None
+
+
+def per_image(values: Tensor) -> Tensor:
+    """Mean over everything but images: ``(B,)`` or ``(B, N)`` → ``(B,)``."""
+    return values if values.ndim == 1 else values.flatten(1).mean(1)
+
+
+def where_images(mask: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` ``(B, …)`` where ``mask`` ``(B,)``, 0 elsewhere: values and gradients.
+
+    Unlike a product with the mask, this stops a NaN in either direction.
+    """
+    return torch.where(mask.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0.0)
+
+
+def batch_moments(x: Tensor, dim: int | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and centred sum of squares over ``dim``.
+
+    Two passes, with the mean refined by the mean of what is left: exact to a few ulp of the
+    *deviation*, however large the mean is, at the price of float32 arithmetic only.
+
+    Args:
+        x: any float dtype, ``(…)``; computed in float32 (float64 stays).
+        dim: the dimension(s) of observations.
+
+    Returns:
+        count ``()``, mean and m2 = Σ(x − mean)² of the remaining shape, in float64 (float32 on
+        MPS, which has no float64). Zeros where there are no observations.
+    """
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    count = 1
+    for d in dims:
+        count *= x.shape[d]
+    x = full_precision(x)
+    if count == 0:
+        empty = x.sum(dims).to(wide)
+        return empty.new_zeros(()), empty, empty.clone()
+    rough = x.mean(dims, keepdim=True)
+    centred = x - rough
+    rest = centred.mean(dims, keepdim=True)
+    mean = (rough.to(wide) + rest.to(wide)).squeeze(dims)
+    m2 = centred.square().sum(dims).to(wide) - count * rest.squeeze(dims).to(wide).square()
+    return mean.new_full((), float(count)), mean, m2.clamp(min=0.0)
+
+
+def hash_uniform(
+    seed: int, epoch: int | Tensor, positions: Tensor, stream: int | Tensor = 0
+) -> Tensor:
+    """A uniform draw that is a function of its four keys and of nothing else.
+
+    SplitMix64 (Steele, Lea & Flood 2014) absorbs the keys one after another, in wrapping int64
+    arithmetic, so that a CPU and a GPU, one rank and many, draw the same numbers.
+
+    Args:
+        seed: of the run.
+        epoch: int, or an int64 tensor that broadcasts.
+        positions: int64 ``(B,)`` place in the global order.
+        stream: tells several draws for one position apart; int, or a tensor that broadcasts.
+
+    Returns:
+        float32 in [0, 1), multiples of 2⁻²⁴, in the broadcast shape of the keys.
+    """
+    state = _absorb(_absorb(_mix_int(seed), epoch), positions.long())
+    return _shift_right(_as_int64(_absorb(state, stream)), 40).to(torch.float32) * 2.0**-24
+
+
+def hash_unit(seed: int, epoch: int, position: int, stream: int = 0) -> float:
+    """One draw of ``hash_uniform`` as a Python float, for choices made on the host."""
+    state = _mix_int(seed)
+    for key in (epoch, position, stream):
+        state = _mix_int(state ^ (key & _MASK64))
+    return (state >> 40) * 2.0**-24
+
+
+def _absorb(state: int | Tensor, key: int | Tensor) -> int | Tensor:
+    if isinstance(state, int) and isinstance(key, int):
+        return _mix_int(state ^ (key & _MASK64))
+    return _mix_tensor(_as_int64(state) ^ _as_int64(key))
+
+
+def _as_int64(value: int | Tensor) -> Tensor:
+    # A Python number typed as a tensor: torch's operators take either side.
+    return value if isinstance(value, Tensor) else _signed(value)  # type: ignore[return-value]
+
+
+def _signed(value: int) -> int:
+    """The two's complement reading of 64 bits, as torch's int64 wants them."""
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix_int(value: int) -> int:
+    value = (value + _GAMMA) & _MASK64
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK64
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _mix_tensor(value: Tensor) -> Tensor:
+    value = value + _signed(_GAMMA)
+    value = (value ^ _shift_right(value, 30)) * _signed(_MIX_1)
+    value = (value ^ _shift_right(value, 27)) * _signed(_MIX_2)
+    return value ^ _shift_right(value, 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own copies the sign bit."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

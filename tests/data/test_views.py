@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as tvf
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as v2
+
+from multikd.data import colour
+from multikd.data.views import DrawKey, EvalViews, LightViews, UnicViews, recorded_number
+
+
+def photo(width: int = 120, height: int = 90) -> Image.Image:
+    """A smooth colourful image with noise."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / 9 + i) * 60 + np.cos(y / (7 + i)) * 50 + 120 for i in range(3)]
+    pixels = np.stack(waves, axis=-1) + rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def levels(a: torch.Tensor, b: torch.Tensor) -> int:
+    return int((a.int() - b.int()).abs().max())
+
+
+def draws(policy: UnicViews | LightViews, count: int, size: tuple[int, int]) -> np.ndarray:
+    return np.stack([policy.draw(DrawKey.live(0, 1, p, 0), size) for p in range(count)])
+
+
+def test_a_draw_is_a_function_of_its_key() -> None:
+    policy, size = UnicViews(32), (120, 90)
+    drawn = policy.draw(DrawKey.live(1, 2, 3, 0), size)
+    assert drawn.dtype == np.float32
+    assert drawn.shape == (len(policy.names),)
+    np.testing.assert_array_equal(drawn, UnicViews(32).draw(DrawKey.live(1, 2, 3, 0), size))
+    others = [(0, 2, 3, 0), (1, 0, 3, 0), (1, 2, 0, 0), (1, 2, 3, 1)]
+    for key in [DrawKey.live(*other) for other in others] + [DrawKey.recorded(1, 2, 3, 0)]:
+        assert not np.array_equal(drawn, policy.draw(key, size))
+    image = photo()
+    view = policy.apply(image, drawn)
+    assert view.dtype == torch.uint8
+    assert view.shape == (3, 32, 32)
+    assert torch.equal(view, policy.apply(image, drawn))
+
+
+def test_probabilities_and_ranges_of_the_unic_draw() -> None:
+    policy = UnicViews(32)
+    values = dict(zip(policy.names, draws(policy, 4000, (120, 90)).T, strict=True))
+    for name, p in (("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("solarize", 0.2)):
+        assert abs(values[name].mean() - p) < 4 * np.sqrt(p * (1 - p) / 4000), name
+    for name, strength in (("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.2)):
+        assert abs(values[name].min() - (1 - strength)) < 0.01
+        assert abs(values[name].max() - (1 + strength)) < 0.01
+        assert abs(values[name].mean() - 1) < 0.02
+    assert abs(np.abs(values["hue"]).max() - 0.1) < 0.001
+    counts = np.bincount(values["order"].astype(int), minlength=24)
+    assert len(counts) == 24
+    assert counts.min() > 110
+    blurred = values["blur"][values["blur"] > 0]
+    assert abs(len(blurred) / 4000 - 0.2) < 0.03
+    assert blurred.min() < 0.15
+    assert 4.9 < blurred.max() <= 5
+    independent = np.corrcoef(values["flip"], values["jitter"])[0, 1]
+    assert abs(independent) < 0.06
+
+
+@pytest.mark.parametrize("size", [(120, 90), (400, 40), (28, 28)])
+def test_crop_boxes_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
+    policy = LightViews(32, scale=(0.2, 1.0))
+    ours = draws(policy, 3000, size)[:, :4] * np.array([size[1], size[0]] * 2)
+    assert np.abs(ours - ours.round()).max() < 1e-3  # whole pixels come back out of float32
+    torch.manual_seed(0)
+    blank = torch.zeros(3, size[1], size[0])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(blank, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    )
+    spread = theirs.std(axis=0) + 1e-3
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 0.1 * spread + 0.05).all()
+    assert (np.abs(ours.std(axis=0) - theirs.std(axis=0)) < 0.08 * spread + 0.05).all()
+
+
+def test_crop_and_flip_equal_torchvision() -> None:
+    image, policy = photo(), LightViews(48, scale=(0.1, 1.0))
+    for position in range(30):
+        drawn = policy.draw(DrawKey.live(0, 0, position, 0), image.size)
+        top, left, height, width = (drawn[:4] * np.array([90, 120, 90, 120])).round().astype(int)
+        box = [int(value) for value in (top, left, height, width)]
+        bicubic = v2.InterpolationMode.BICUBIC
+        reference = tvf.pil_to_tensor(tvf.resized_crop(image, *box, [48, 48], bicubic))
+        exact = v2.resized_crop(
+            tvf.pil_to_tensor(image).double(), *box, [48, 48], bicubic, antialias=True
+        )
+        if drawn[4]:
+            reference, exact = v2.horizontal_flip(reference), v2.horizontal_flip(exact)
+        view = policy.apply(image, drawn)
+        assert levels(view, reference) == 0
+        # Against exact arithmetic: 8-bit rounding (and clipping) between PIL's two passes remains.
+        off = (view.double() - exact.clamp(0, 255)).abs()
+        assert off.mean() < 0.5
+        assert (off > 2).double().mean() < 1e-3
+
+
+def whole(policy: UnicViews, **values: float) -> np.ndarray:
+    """Parameters that do nothing but what is named, on the whole image."""
+    neutral = {"height": 1, "width": 1, "brightness": 1, "contrast": 1, "saturation": 1}
+    drawn = [values.get(name, neutral.get(name, 0)) for name in policy.names]
+    return np.array(drawn, dtype=np.float32)
+
+
+def test_single_operations_equal_torchvision() -> None:
+    image = photo(64, 64)
+    pixels = tvf.pil_to_tensor(image)
+    policy = UnicViews(64)
+    assert torch.equal(policy.apply(image, whole(policy)), pixels)
+    assert torch.equal(policy.apply(image, whole(policy, flip=1)), v2.horizontal_flip(pixels))
+    grey = v2.rgb_to_grayscale(pixels, 3)
+    assert levels(policy.apply(image, whole(policy, grey=1)), grey) <= 1
+    solar = v2.solarize(pixels, 128)
+    assert torch.equal(policy.apply(image, whole(policy, solarize=1)), solar)
+    for sigma in (0.1, 0.7, 2.0, 5.0):
+        drawn = whole(policy, blur=sigma)
+        reference = v2.gaussian_blur(pixels, [9, 9], [float(drawn[-2])] * 2)
+        assert levels(policy.apply(image, drawn), reference) <= 1
+    for name, factor in (
+        ("brightness", 1.3),
+        ("contrast", 0.7),
+        ("saturation", 1.2),
+        ("hue", 0.08),
+    ):
+        view = policy.apply(image, whole(policy, jitter=1, **{name: factor}))
+        # The other operations run with factor 1 (the identity); hue runs last, turned by 0, which
+        # is not: PIL passes through an 8-bit HSV image.
+        expected = getattr(tvf, f"adjust_{name}")(image, float(np.float32(factor)))
+        if name != "hue":
+            expected = tvf.adjust_hue(expected, 0.0)
+        assert torch.equal(view, tvf.pil_to_tensor(expected)), name
+        tensors = getattr(v2, f"adjust_{name}")(pixels, factor)  # no 8-bit HSV there
+        assert (view.double() - tensors.double()).abs().mean() < 2, name
+        assert (view.double() - pixels.double()).abs().mean() > 4, name
+
+
+def test_jitter_order_is_that_of_the_parameters() -> None:
+    image = photo(32, 32)
+    operations = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue]
+    factors = [1.4, 0.6, 1.2, 0.1]
+    results = set()
+    for row, order in enumerate(itertools.permutations(range(4))):
+        expected = image
+        for number in order:
+            expected = operations[number](expected, factors[number])
+        jittered = colour.jitter(image, *factors, row)
+        assert jittered.tobytes() == expected.tobytes()
+        results.add(jittered.tobytes())
+    assert len(results) > 12
+
+
+@pytest.mark.parametrize("size", [(120, 90), (90, 121), (64, 64), (28, 28), (300, 31)])
+@pytest.mark.parametrize("resize", [None, 73])
+def test_eval_views_equal_resize_and_centre_crop(size: tuple[int, int], resize: int | None) -> None:
+    image, policy = photo(*size), EvalViews(64, resize)
+    resized = tvf.resize(image, resize or 64, tvf.InterpolationMode.BICUBIC)
+    reference = tvf.pil_to_tensor(tvf.center_crop(resized, [64, 64]))
+    drawn = policy.draw(DrawKey.live(0, 0, 0, 0), image.size)
+    assert drawn.shape == (0,)
+    # Only the part that is kept is computed, from a box in float32: 2 levels on noise.
+    assert levels(policy.apply(image, drawn), reference) <= 2
+
+
+def test_light_views_without_a_crop() -> None:
+    image, policy = photo(), LightViews(48, scale=None, flip=1.0)
+    view = policy.apply(image, policy.draw(DrawKey.live(0, 0, 0, 0), image.size))
+    assert torch.equal(view.flip(-1), EvalViews(48).apply(image, np.zeros(0, np.float32)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (7, 3)])
+def test_tiny_and_narrow_images(size: tuple[int, int]) -> None:
+    image = photo(*size)
+    for policy in (UnicViews(16), LightViews(16), LightViews(16, scale=None), EvalViews(16, 20)):
+        for position in range(20):
+            drawn = policy.draw(DrawKey.live(0, 0, position, 0), image.size)
+            assert policy.apply(image, drawn).shape == (3, 16, 16)
+
+
+def test_recorded_numbers_cover_all_views_over_consecutive_epochs() -> None:
+    for sample in range(50):
+        for start in (0, 13):
+            numbers = [recorded_number(epoch, sample, 4) for epoch in range(start, start + 4)]
+            assert sorted(numbers) == [0, 1, 2, 3]
+    spread = np.bincount([recorded_number(0, sample, 4) for sample in range(4000)])
+    assert spread.min() > 800
+
+
+def test_settings_are_described_and_checked() -> None:
+    assert LightViews(32).describe() == {
+        "class": "LightViews",
+        "size": 32,
+        "recorded": None,
+        "scale": [0.5, 1.0],
+        "ratio": [3 / 4, 4 / 3],
+        "flip": 0.5,
+    }
+    assert UnicViews(32).describe() != UnicViews(32, hue=0.2).describe()
+    for make, words in (
+        (lambda: UnicViews(0), "size"),
+        (lambda: UnicViews(32, scale=(0.0, 1.0)), "scale"),
+        (lambda: UnicViews(32, grey=1.2), "grey"),
+        (lambda: UnicViews(32, hue=0.6), "hue"),
+        (lambda: UnicViews(32, blur_kernel=8), "blur_kernel"),
+        (lambda: UnicViews(4), "blur_kernel"),
+        (lambda: LightViews(32, recorded=0), "recorded"),
+        (lambda: LightViews(32, ratio=(2.0, 1.0)), "ratio"),
+        (lambda: EvalViews(32, 30), "resize"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
