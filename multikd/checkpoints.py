@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+from multikd import __version__
 from multikd.students import StudentEncoder
 
 CHECKPOINT_KEY = "multikd"
@@ -30,6 +31,8 @@ class TrainedStudent:
         weights: ``ema`` or ``raw``: which were taken.
         epoch: epochs trained.
         step: optimiser steps taken.
+        version: of multikd that wrote the checkpoint.
+        checkpoint: everything that was in the file.
     """
 
     student: StudentEncoder
@@ -38,6 +41,8 @@ class TrainedStudent:
     weights: str
     epoch: int
     step: int
+    version: str = ""
+    checkpoint: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -47,18 +52,24 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         ValueError: no such file, not a checkpoint, truncated, or holding arbitrary objects.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, not one file: for a run under ModelParallelStrategy set "
+            "trainer.strategy.init_args.save_distributed_checkpoint=false, and otherwise give the "
+            ".ckpt file inside"
+        )
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: give the .ckpt file of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a checkpoint of plain tensors and settings, so it is not read: "
-            f"{str(error).splitlines()[0]}"
+            f"{path} is damaged, or not a checkpoint of plain tensors and settings, so it is not "
+            "read: give the .ckpt file of a run"
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
         raise ValueError(
-            f"{path} is truncated or is no checkpoint ({str(error).splitlines()[0]}): "
+            f"{path} is truncated or is no checkpoint ({type(error).__name__}): "
             "give another one of the run"
         ) from error
     if not isinstance(checkpoint, dict):
@@ -98,7 +109,7 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
     checkpoint = read_checkpoint(path)
     config = read_config(checkpoint, path)
     settings = config["model"].get("init_args", {})
-    state: dict[str, Tensor] = checkpoint["state_dict"]
+    state: dict[str, Tensor] = checkpoint.get("state_dict") or {}
     has_average = any(key.startswith("average.student.") for key in state)
     if weights == "ema" and not has_average:
         raise ValueError(
@@ -107,19 +118,49 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
         )
     taken = "ema" if has_average and weights != "raw" else "raw"
     prefix = "average.student." if taken == "ema" else "student."
-    student = build_student(settings["student"])
-    student.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    )
+    version = str(checkpoint[CHECKPOINT_KEY].get("version", "unknown"))
+    own = {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
+    try:
+        student = build_student(settings["student"])
+        student.load_state_dict(own)
+    except Exception as error:
+        # jsonargparse, timm and torch each have errors of their own for what does not fit.
+        reason = " ".join(str(error).split())[:160]
+        if version == __version__:
+            raise ValueError(
+                f"the student in {path} can't be built again ({reason}): export in the "
+                "environment that trained it"
+            ) from error
+        raise ValueError(
+            f"{path} was written by multikd {version} and does not fit this version, "
+            f"{__version__} ({reason}): pip install 'multikd=={version}', or train again"
+        ) from error
     student.eval()
     return TrainedStudent(
         student=student,
         config=config,
         teachers=checkpoint.get("teachers", {}),
         weights=taken,
-        epoch=int(checkpoint.get("epoch", 0)) + 1,
+        epoch=epochs_trained(checkpoint),
         step=int(checkpoint.get("global_step", 0)),
+        version=version,
+        checkpoint=checkpoint,
     )
+
+
+def epochs_trained(checkpoint: dict[str, Any]) -> int:
+    """How many epochs are complete in a checkpoint, at whatever moment it was written.
+
+    Lightning's own ``epoch`` is that of the epoch under way while its hooks run, and one more after
+    them.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    try:
+        epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+        validating = epochs["started"] > epochs["processed"] and batches["is_last_batch"]
+        return int(epochs["processed"]) + int(validating)
+    except KeyError:  # weights only, or another version's
+        return int(checkpoint.get("epoch", 0)) + 1
 
 
 def build_student(settings: dict[str, Any]) -> StudentEncoder:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from multikd import __version__
+from multikd.console import messages_on_stderr, take_over_lightning
+from multikd.errors import unknown_name
 
 LIGHTNING = {
     "fit": "train a student from a config (see `multikd fit --help`, `multikd configs`)",
@@ -35,10 +38,38 @@ first steps:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence, raised as a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong, with the nearest right name."""
+        chosen = re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message)
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if chosen:
+            what = "command" if "COMMAND" in message else "value"
+            choices = [name.strip(" '") for name in chosen.group(2).split(",")]
+            raise unknown_name(what, chosen.group(1), choices)
+        if unknown and unknown.group(1).startswith("-"):
+            option = unknown.group(1).split("=")[0]
+            raise unknown_name("option", option, _options(self), f"(`{self.prog} --help`)")
+        raise ValueError(f"{message} (`{self.prog} --help` explains)")
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """Long options of a parser and of the commands below it."""
+    found = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                found += _options(child)
+    return sorted(set(found))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command but Lightning's four, which parse for themselves."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="multikd",
+        allow_abbrev=False,
         description="Distil several frozen foundation-model teachers into one generalist student.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,6 +91,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
+        allow_abbrev=False,
         help=text,
         description=text[0].upper() + text[1:] + ".",
         epilog=epilog,
@@ -151,6 +183,12 @@ def _add_shards(commands: Any) -> None:
     )
     write.add_argument("--quality", type=int, default=90)
     write.add_argument("--limit", type=int, default=None, help="take this many images only")
+    write.add_argument(
+        "--classes-from",
+        default=None,
+        metavar="SHARDS",
+        help="number the classes as these shards do (for a validation set)",
+    )
     write.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     write.add_argument("--no-shuffle", action="store_true", help="keep the source's order")
     write.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
@@ -194,17 +232,49 @@ def _add_teachers(commands: Any) -> None:
     _json_argument(inspect)
 
 
+class _ListFormats(argparse.Action):
+    """Like ``--version``: it needs no other argument."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from multikd.export.formats import format_table
+
+        print(format_table())
+        parser.exit()
+
+
 def _add_export(commands: Any) -> None:
     parser = _command(
         commands,
         "export",
         _export,
-        "write a trained student as a folder that plain timm loads",
-        "example:\n  multikd export runs/last.ckpt my-student/\n"
-        "  python -c \"import timm; timm.create_model('local-dir:my-student', pretrained=True, num_classes=0)\"\n",
+        "write a trained student as a folder that timm and other software load",
+        "The folder always holds the timm model, a model card and a manifest. Nothing is written\n"
+        "unless every check passed.\n\nexamples:\n"
+        "  multikd export runs/laptop/last.ckpt my-student/\n"
+        "  multikd export runs/laptop/last.ckpt my-student/ --heads lite0 --formats onnx,pt2\n"
+        "  multikd export runs/laptop/last.ckpt my-student/ --quantize onnx-static --data shards/\n"
+        "  multikd export --list\n",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument(
+        "--list", action=_ListFormats, nargs=0, help="show the formats, what they need, and exit"
+    )
+    parser.add_argument(
+        "--formats", default="timm", metavar="A,B", help="formats to write beside timm's (--list)"
+    )
+    parser.add_argument(
+        "--quantize",
+        default="",
+        metavar="A,B",
+        help="quantised formats: onnx-dynamic, onnx-static, int8, int4 (weights only)",
+    )
+    parser.add_argument(
+        "--heads",
+        default="",
+        metavar="A,B",
+        help="teachers whose heads are kept: they answer in the teacher's own feature space",
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", "ema", "raw"),
@@ -212,6 +282,55 @@ def _add_export(commands: Any) -> None:
         help="the average of the student, or its last weights (default: the "
         "average where the run kept one)",
     )
+    parser.add_argument(
+        "--classifier", action="store_true", help="keep the trained linear classifier"
+    )
+    parser.add_argument(
+        "--output",
+        choices=("pooled", "tokens"),
+        default="pooled",
+        help="what the timm model answers: one vector an image (default), or all tokens",
+    )
+    parser.add_argument(
+        "--no-final-norm", action="store_true", help="leave out a ViT's norm behind its last block"
+    )
+    parser.add_argument(
+        "--preprocessing",
+        action="store_true",
+        help="graphs take uint8 images of any size: crop, resize and normalise inside",
+    )
+    parser.add_argument("--opset", type=int, default=18, help="of ONNX (default: 18)")
+    parser.add_argument(
+        "--data",
+        metavar="SHARDS",
+        help="images to calibrate and compare on (default: the run's training shards)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=512, help="how many images to calibrate on (default: 512)"
+    )
+    parser.add_argument(
+        "--max-cosine-loss",
+        type=float,
+        metavar="X",
+        help="refuse a quantised file whose features are further from float than this",
+    )
+    parser.add_argument(
+        "--max-agreement-loss",
+        type=float,
+        metavar="X",
+        help="refuse a quantised file that changes a larger share of k-NN answers",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="JSON with 'scores', 'retention' and 'groups' for the model card",
+    )
+    parser.add_argument(
+        "--licence", help="of the weights (default: the most restrictive of what went in)"
+    )
+    parser.add_argument("--data-licence", default="", help="of the training data, for the card")
+    parser.add_argument("--no-cost", action="store_true", help="do not measure the latency")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     _json_argument(parser)
 
@@ -228,7 +347,8 @@ def _add_configs(commands: Any) -> None:
 
 
 def _finish(text: str, figures: dict[str, Any], target: Path | None) -> int:
-    print(text)
+    if text:
+        print(text)
     if target is not None:
         from multikd.files import write_text_atomically
 
@@ -239,6 +359,7 @@ def _finish(text: str, figures: dict[str, Any], target: Path | None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from multikd.demo.run import DemoSettings, run_demo
 
+    take_over_lightning()
     settings = DemoSettings(
         out=arguments.out,
         epochs=arguments.epochs,
@@ -267,6 +388,7 @@ def _shards_write(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         seed=arguments.seed,
         shuffle=not arguments.no_shuffle,
+        classes_from=arguments.classes_from,
         overwrite=arguments.overwrite,
     )
     return _finish(text, figures, arguments.json)
@@ -296,63 +418,143 @@ def _teachers_inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from multikd.export.commands import run_export
+    from multikd.export.commands import ExportSettings, run_export, split_names
+    from multikd.export.timm_folder import TimmOptions
 
-    text, figures = run_export(
-        arguments.checkpoint,
-        arguments.out,
+    settings = ExportSettings(
+        formats=split_names(arguments.formats),
+        quantize=split_names(arguments.quantize),
+        heads=split_names(arguments.heads),
         weights=arguments.weights,
+        timm=TimmOptions(
+            classifier=arguments.classifier,
+            output=arguments.output,
+            final_norm=not arguments.no_final_norm,
+        ),
+        preprocessing=arguments.preprocessing,
+        opset=arguments.opset,
+        data=arguments.data,
+        images=arguments.images,
+        max_cosine_loss=arguments.max_cosine_loss,
+        max_agreement_loss=arguments.max_agreement_loss,
+        results=arguments.results,
+        licence=arguments.licence,
+        data_licence=arguments.data_licence,
+        cost=not arguments.no_cost,
         overwrite=arguments.overwrite,
     )
+    text, figures = run_export(arguments.checkpoint, arguments.out, settings)
     return _finish(text, figures, arguments.json)
 
 
 def _configs(arguments: argparse.Namespace) -> int:
-    from multikd.shipped import find_config, shipped_configs
+    from multikd.shipped import find_config, shipped_configs, shipped_fragments
 
+    fragments = shipped_fragments()
     if arguments.name is not None:
-        print(find_config(arguments.name).read_text(encoding="utf-8"), end="")
+        stem = arguments.name.removesuffix(".yaml")
+        path = fragments[stem] if stem in fragments else find_config(arguments.name)
+        print(path.read_text(encoding="utf-8"), end="")
         return 0
+    print("configs, for `multikd fit --config NAME`:")
     for name, path in shipped_configs().items():
-        with path.open(encoding="utf-8") as file:
-            first = file.readline().strip()
-        print(f"{name:<28} {first.lstrip('# ') if first.startswith('#') else ''}")
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\nfragments, for `--model.teachers.NAME=FRAGMENT` and `--model.student=FRAGMENT`:")
+    for name, path in fragments.items():
+        print(f"  {name + '.yaml':<34} {_first_line(path)}")
     return 0
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().strip().lstrip("# ")
 
 
 def _lightning(command: str, rest: Sequence[str]) -> int:
+    if not rest:
+        start = (
+            "--config NAME_OR_FILE: start with `multikd fit --config laptop --data.train=SHARDS`"
+            if command == "fit"
+            else "--ckpt_path=FILE, the checkpoint of a run"
+        )
+        raise ValueError(
+            f"{command} needs {start} (`multikd configs` lists the shipped configs, "
+            f"`multikd {command} --help` every setting)"
+        )
+    rest, target = _without_json(rest)
     from multikd.fit import run_lightning
+    from multikd.fit_summary import figures_of, fit_text
 
-    run_lightning([command, *rest])
-    return 0
+    take_over_lightning()
+    begun = time.perf_counter()
+    trainer = run_lightning([command, *rest]).trainer
+    if not trainer.is_global_zero:
+        return 0
+    figures = figures_of(trainer, time.perf_counter() - begun)
+    return _finish(fit_text(figures) if command == "fit" else "", figures, target)
+
+
+def _without_json(args: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Arguments without ``--json FILE``, which Lightning does not know, and that file."""
+    kept: list[str] = []
+    target: Path | None = None
+    pending = list(args)
+    while pending:
+        argument = pending.pop(0)
+        if argument == "--json":
+            if not pending:
+                raise ValueError("--json needs a file: --json FILE")
+            target = Path(pending.pop(0))
+        elif argument.startswith("--json="):
+            target = Path(argument.removeprefix("--json="))
+        else:
+            kept.append(argument)
+    return kept, target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. User errors end in one sentence on stderr."""
+    """Run a command; returns the exit code.
+
+    A user's mistake ends in one sentence on stderr and 2, a training run that broke down (a loss
+    that is not finite) in one sentence and 1, an interruption in one line and 130. ``--debug``
+    shows the traceback.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "matplotlib", "PIL", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if args and args[0] in LIGHTNING:
-            return _lightning(args[0], args[1:])
-        arguments = build_parser().parse_args(args)
-        function: Callable[[argparse.Namespace], int] = arguments.function
-        return function(arguments)
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; run the same command again to go on\n")
+        with messages_on_stderr():
+            return _run(args)
+    except KeyboardInterrupt as stop:
+        lightning = args and args[0] in LIGHTNING and str(stop)
+        _say(str(stop) if lightning else "interrupted; run the same command again to go on")
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (head, less) went away: not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        ours = type(error).__module__.startswith("multikd.")
+        if debug or (isinstance(error, RuntimeError) and not ours):
             raise
-        sys.stderr.write(f"multikd: {error}\n")
-        return 2
+        _say(str(error))
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+def _run(args: list[str]) -> int:
+    if not args:
+        build_parser().print_help()
+        return 0
+    if args[0] in LIGHTNING:
+        return _lightning(args[0], args[1:])
+    arguments = build_parser().parse_args(args)
+    function: Callable[[argparse.Namespace], int] = arguments.function
+    return function(arguments)
+
+
+def _say(sentence: str) -> None:
+    """One line on stderr, below whatever a progress bar left there."""
+    sys.stderr.write(f"multikd: {' '.join(sentence.split())}\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     if not is_distributed():
         return rows.clone()
     gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows)
+    # Its name from torch 2.14 on, which warns of the one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, rows)
     return gathered
 
 

@@ -6,28 +6,44 @@ training loop.
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import multikd
-from multikd.checkpoints import CHECKPOINT_KEY
-from multikd.config_errors import condense
+import multikd.callbacks  # so that a config can name them without their import path
+from multikd import preflight
+from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
+from multikd.config_files import resolve_configs
+from multikd.config_parser import ConfigParser, Unbuildable, construct
 from multikd.data.module import ShardDataModule
+from multikd.fit_help import HelpFormatter, help_texts
+from multikd.fit_summary import checkpoint_of
 from multikd.modules.distillation import DistillationModule
-from multikd.shipped import find_config
 
 log = logging.getLogger(__name__)
+
+# Where a run writes that was not told where to.
+DEFAULT_FOLDER = "runs/unnamed"
+# Keys of a run's config that belong to the command, not to the run.
+_OF_THE_COMMAND = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 
 
 class ConfigInCheckpoint(SaveConfigCallback):
@@ -42,19 +58,6 @@ class ConfigInCheckpoint(SaveConfigCallback):
         """Add the config as YAML text: plain strings load with ``weights_only=True``."""
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
         checkpoint[CHECKPOINT_KEY] = {"version": multikd.__version__, "config": text}
-
-
-class ConfigParser(LightningArgumentParser):
-    """A parser whose complaint about a config is one sentence, raised as a ValueError."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is wrong, with the nearest right name."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        options = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]
-        raise ValueError(
-            f"config: {condense(message, options)}. `{parser.prog.split(' [')[0]} --help` "
-            "lists every setting"
-        ) from None
 
 
 class MultikdCLI(LightningCLI):
@@ -83,61 +86,181 @@ class MultikdCLI(LightningCLI):
             else parser.parse_object(args)
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Read the checkpoint before anything is built; the config it carries is not merged."""
+        path = self._checkpoint_path()
+        self._checkpoint = None if path is None else read_checkpoint(path)
 
-def resolve_configs(args: Sequence[str]) -> list[str]:
-    """Replace names of shipped configs behind ``--config``/``-c`` by their paths."""
-    resolved: list[str] = []
-    expects = False
-    for argument in args:
-        if expects:
-            resolved.append(str(find_config(argument)))
-            expects = False
-        elif argument in ("--config", "-c"):
-            resolved.append(argument)
-            expects = True
-        elif argument.startswith("--config="):
-            resolved.append(f"--config={find_config(argument.removeprefix('--config='))}")
-        else:
-            resolved.append(argument)
-    return resolved
+    def _checkpoint_path(self) -> Path | None:
+        """The file of ``--ckpt_path``; None where Lightning is to find one, or none is given."""
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        return None if path is None or path in preflight.CKPT_WORDS else Path(path)
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; a constructor's error arrives as it was raised."""
+        self.config_init = self.parser.instantiate(
+            self.config, instantiators=[(construct, object, True)]
+        )
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer, with logs and checkpoints in the run's folder unless told otherwise."""
+        settings = self._get(self.config_init, "trainer", default={})
+        folder = Path(settings.get("default_root_dir") or DEFAULT_FOLDER)
+        if settings.get("logger") in (None, True) and not settings.get("barebones"):
+            kwargs["logger"] = default_loggers(folder)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(folder.resolve())
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Check what can be checked, run, and say how to go on after an interruption."""
+        self._check(subcommand)
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, handler)  # which Lightning set to ignore
+            raise KeyboardInterrupt(self._how_to_go_on()) from None
+
+    def _check(self, subcommand: str) -> None:
+        trainer, data, model = self.trainer, self.datamodule, self.model
+        preflight.check_output(Path(trainer.default_root_dir))
+        given = self._get(self.config, "ckpt_path")
+        path = self._checkpoint_path()
+        if given is None and subcommand != "fit":
+            raise ValueError(
+                f"{subcommand} needs a trained checkpoint: give --ckpt_path=FILE "
+                "(its config need not be given again)"
+            )
+        if path is not None and self._checkpoint is not None:
+            self._dump_config()
+            preflight.check_checkpoint(
+                path, self._checkpoint, model, self.config_dump, resuming=subcommand == "fit"
+            )
+            self._checkpoint = None
+        if isinstance(data, ShardDataModule):
+            if subcommand != "fit" and not data.has("val"):
+                raise ValueError(f"{subcommand} needs shards to run on: give --data.val=SHARDS")
+            if subcommand == "fit":
+                preflight.check_monitors(trainer, data)
+            if isinstance(model, DistillationModule):
+                preflight.check_images(model, data)
+        if subcommand == "fit" and given is None:
+            preflight.check_earlier_run(trainer)
+
+    def _how_to_go_on(self) -> str:
+        newest = checkpoint_of(self.trainer)
+        if newest is None:
+            return "interrupted before the first checkpoint was written"
+        return f"interrupted; the same command with --ckpt_path=last goes on from {newest}"
+
+
+def default_loggers(folder: Path) -> list[Logger]:
+    """CSV and TensorBoard logs in the run's folder, in a new ``version_N`` with each command."""
+    return [
+        CSVLogger(folder, name="csv"),
+        TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False),
+    ]
+
+
+def with_kept_config(args: Sequence[str]) -> list[str]:
+    """Arguments without a ``--config`` get the config that their ``--ckpt_path`` carries.
+
+    Raises:
+        ValueError: the checkpoint is missing, truncated or not ours.
+    """
+    given = [a.partition("=")[0] for a in args]
+    if "--config" in given or "-c" in given or "--ckpt_path" not in given:
+        return list(args)
+    at = given.index("--ckpt_path")
+    equals, value = args[at].partition("=")[1:]
+    value = value if equals else (args[at + 1] if at + 1 < len(args) else "")
+    if not value or value in preflight.CKPT_WORDS:
+        return list(args)
+    kept = read_config(read_checkpoint(value), value)
+    for key in _OF_THE_COMMAND:
+        kept.pop(key, None)
+    return [args[0], f"--config={json.dumps(kept, default=str)}", *args[1:]]
 
 
 def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
     """Parse ``args`` and build trainer, model and data; with ``run`` also do what they say.
 
     With ``run`` the first argument is ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        ValueError: a mistake in config, arguments, checkpoint or data, in one sentence.
     """
-    return MultikdCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=ConfigInCheckpoint,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={
-            # The loader slices the global order by rank itself (multikd.data.order).
-            "use_distributed_sampler": False,
-        },
-        parser_class=ConfigParser,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_kwargs={"parser_mode": "yaml"},
-        args=resolve_configs(args),
-        run=run,
-    )
+    classes: dict[str, type] = {"model": DistillationModule, "data": ShardDataModule}
+    arguments = resolve_configs(args)
+    try:
+        return MultikdCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=ConfigInCheckpoint,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                # The loader slices the global order by rank itself (multikd.data.order).
+                "use_distributed_sampler": False,
+                "default_root_dir": DEFAULT_FOLDER,
+            },
+            parser_class=ConfigParser,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "parser_mode": "yaml",
+                "formatter_class": HelpFormatter,
+                **help_texts(classes),
+            },
+            args=with_kept_config(arguments) if run else arguments,
+            run=run,
+        )
+    except Unbuildable as stop:
+        raise stop.reason from stop.reason.__cause__
+    except MisconfigurationException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def without_known_noise() -> Iterator[None]:
+    """Silence the warnings that say nothing to a user of ours; every other one is shown."""
+    with warnings.catch_warnings():
+        # Lightning asks torch's pytree in a way that torch deprecates.
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        # Teachers and the student's average, which are never in train mode.
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", UserWarning)
+        # A data module that was given no validation shards.
+        warnings.filterwarnings(
+            "ignore", "Total length of `list` across ranks is zero", UserWarning
+        )
+        yield
 
 
 def run_lightning(args: Sequence[str]) -> MultikdCLI:
     """Run ``fit | validate | test | predict`` with command-line arguments, in this process."""
-    return build_cli(args, run=True)
+    with without_known_noise():
+        return build_cli(args, run=True)
 
 
 __all__ = [
-    "ArgumentError",
     "ConfigInCheckpoint",
     "MultikdCLI",
     "build_cli",
     "resolve_configs",
     "run_lightning",
+    "without_known_noise",
 ]

@@ -71,6 +71,13 @@ class WarmupCosine:
         """How many optimiser steps the warm-up takes."""
         if self.warmup_share is not None:
             return round(self.warmup_share * total_steps)
+        if self.warmup_epochs == 0:
+            return 0
+        if not math.isfinite(steps_per_epoch):
+            raise ValueError(
+                "a warm-up given in epochs needs epochs of a known length: set warmup_share, or "
+                "trainer.limit_train_batches"
+            )
         return min(round(self.warmup_epochs * steps_per_epoch), max(total_steps - 1, 0))
 
     def build(self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float) -> LambdaLR:

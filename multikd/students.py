@@ -49,6 +49,8 @@ class StudentEncoder(nn.Module):
         mean: of the input; None takes the model's own.
         std: of the input; None takes the model's own.
         global_pool: what the summary is (``token``, ``avg``, ``map``); None keeps the model's.
+        model_args: further arguments of timm's constructor of the family (``depth``, ``embed_dim``,
+            ``num_heads`` of a ViT, …).
         channels_last: memory layout; faster for CNNs, but rounding differs in the last bits from
             the exported model's default layout.
 
@@ -71,6 +73,7 @@ class StudentEncoder(nn.Module):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         global_pool: str | None = None,
+        model_args: dict[str, Any] | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -85,6 +88,7 @@ class StudentEncoder(nn.Module):
             drop_path=drop_path,
             num_classes=num_classes,
             global_pool=global_pool,
+            model_args=model_args,
         )
         self.num_classes = num_classes
         size = (image_size, image_size) if image_size else native_size(self.model)

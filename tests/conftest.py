@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Small operations on few, shared cores: more threads only wait for one another.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:

@@ -13,7 +13,10 @@ PACKAGE = Path(multikd.__file__).parent
 
 # Lowest first. Modules of one layer may not import each other unless they are one room.
 LAYERS: list[set[str]] = [
-    {"types", "errors", "files", "shipped", "config_errors", "progress"},
+    {
+        *("types", "errors", "files", "shipped", "progress", "console"),
+        *("config_errors", "config_files", "config_parser", "fit_help"),
+    },
     {"functional", "distributed", "backbones"},
     {"teachers", "students", "projectors", "normalizers", "grids"},
     {"ladder", "losses"},
@@ -21,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"modules"},
     {"evaluation"},
     {"callbacks"},
-    {"fit", "checkpoints"},
+    {"fit", "fit_summary", "checkpoints", "preflight"},
     {"ablation", "export"},
     {"demo"},
     {"cli"},

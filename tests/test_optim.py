@@ -62,3 +62,10 @@ def test_min_lr_is_absolute_after_scaling() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         WarmupCosine(**settings)
+
+
+def test_a_warm_up_in_epochs_needs_to_know_their_length() -> None:
+    assert WarmupCosine().warmup_steps(100, math.inf) == 0
+    assert WarmupCosine(warmup_share=0.2).warmup_steps(100, math.inf) == 20
+    with pytest.raises(ValueError, match="set warmup_share"):
+        WarmupCosine(warmup_epochs=1).warmup_steps(100, math.inf)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,15 @@ FAMILIES = {
     "mobilenetv3_small_050": (64, 5, (2, 2), Widths(1024, 288), False),
 }
 SIX = tuple(FAMILIES)[:7]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small operations on a shared machine: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
@@ -132,9 +141,14 @@ def test_classifier_gives_timm_s_logits(name: str) -> None:
 
 
 class TestRungs:
-    def test_vit_rungs_are_block_outputs_before_the_final_norm(self) -> None:
-        student = student_of("vit_tiny_patch16_224").eval()
-        images = images_for("vit_tiny_patch16_224")
+    @pytest.mark.parametrize(
+        ("name", "prefix"), [("vit_tiny_patch16_224", 1), ("vit_small_patch14_reg4_dinov2", 5)]
+    )
+    def test_vit_rungs_are_block_outputs_before_the_final_norm(
+        self, name: str, prefix: int
+    ) -> None:
+        student = student_of(name).eval()
+        images = images_for(name)
         outputs: list[Tensor] = []
         hooks = [
             block.register_forward_hook(lambda m, i, o: outputs.append(o))
@@ -147,7 +161,7 @@ class TestRungs:
         assert len(outputs) == 12  # one pass
         for rung, tokens in zip(rungs, outputs, strict=True):
             assert torch.equal(rung.summary, tokens[:, 0])
-            assert torch.equal(rung.patches, tokens[:, 1:])
+            assert torch.equal(rung.patches, tokens[:, prefix:])
 
     def test_registers_are_neither_patches_nor_summary(self) -> None:
         name = "vit_wee_patch16_reg1_gap_256"  # its only prefix token is a register
@@ -201,7 +215,7 @@ class TestRungs:
 
 class TestSettings:
     def test_gradient_checkpointing_changes_nothing_but_memory(self) -> None:
-        plain = student_of("vit_tiny_patch16_224").train()
+        plain = copy.deepcopy(student_of("vit_tiny_patch16_224")).train()
         twin = copy.deepcopy(plain)
         twin.model.set_grad_checkpointing(True)  # type: ignore[operator]
         gradients = []
@@ -213,14 +227,21 @@ class TestSettings:
         built = StudentEncoder("resnet10t", image_size=64, grad_checkpointing=True)
         assert built.model.grad_checkpointing
 
-    def test_gradient_checkpointing_refused(self) -> None:
-        with pytest.raises(ValueError, match="no gradient checkpointing"):
-            StudentEncoder("ghostnet_050", image_size=64, grad_checkpointing=True) if (
-                "grad_checkpointing" not in inspect.getsource(timm.models.ghostnet)
-            ) else _refuse()
+    def test_gradient_checkpointing_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(timm.models.resnet.ResNet, "set_grad_checkpointing")
+        with pytest.raises(ValueError, match="test_resnet has no gradient checkpointing"):
+            StudentEncoder("test_resnet", image_size=64, grad_checkpointing=True)
+
+    def test_drop_path_is_what_it_says_even_where_timm_has_another_default(self) -> None:
+        rates = {
+            module.drop_prob
+            for module in student_of("swin_tiny_patch4_window7_224").modules()
+            if type(module).__name__ == "DropPath"
+        }
+        assert rates <= {0.0}
 
     def test_drop_path(self) -> None:
-        student = StudentEncoder("vit_tiny_patch16_224", image_size=32, drop_path=0.3).train()
+        student = StudentEncoder("test_vit", image_size=32, drop_path=0.3).train()
         images = torch.rand(8, 3, 32, 32)
         first, second = (student(images).features.summary for _ in range(2))
         assert not torch.equal(first, second)
@@ -228,14 +249,14 @@ class TestSettings:
         assert torch.equal(student(images).features.summary, student(images).features.summary)
 
     def test_patch_size(self) -> None:
-        student = StudentEncoder("vit_tiny_patch16_224", image_size=32, patch_size=8)
+        student = StudentEncoder("test_vit", image_size=32, patch_size=8)
         assert student.spec.patch_size == 8
         assert student.grids((32, 32))[-1] == (4, 4)
         assert student.grids((64, 32))[-1] == (8, 4)
 
     def test_size_and_patch_that_do_not_agree(self) -> None:
         with pytest.raises(ValueError, match="cannot take images of 60×60"):
-            StudentEncoder("vit_tiny_patch16_224", image_size=60)
+            StudentEncoder("test_vit", image_size=60)
 
     def test_mean_and_std_override_and_are_applied_once(self) -> None:
         torch.manual_seed(0)
@@ -274,8 +295,8 @@ class TestSettings:
             student_of("resnet10t")(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
     def test_global_pool_decides_the_summary(self) -> None:
-        token = StudentEncoder("vit_tiny_patch16_224", image_size=32)
-        mean = StudentEncoder("vit_tiny_patch16_224", image_size=32, global_pool="avg")
+        token = StudentEncoder("test_vit", image_size=32)
+        mean = StudentEncoder("test_vit", image_size=32, global_pool="avg")
         assert token.plan.class_summary
         assert not mean.plan.class_summary
 
@@ -304,7 +325,3 @@ class TestCheckpoint:
         student = StudentEncoder("resnet10t", image_size=64, num_classes=4)
         assert set(student.encoder_state_dict()) == set(plain_model("resnet10t", 64).state_dict())
         assert student.num_classes == student.model.num_classes == 4
-
-
-def _refuse() -> None:
-    raise ValueError("no gradient checkpointing")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -16,11 +15,21 @@ from torch import nn
 from multikd.backbones.weights import load_weights, read_state_dict
 from multikd.errors import unknown_name
 
-_log = logging.getLogger(__name__)
 _skeleton: ContextVar[bool] = ContextVar("multikd_skeleton", default=False)
 
 # A value that a family may lack without harm; any other refused setting is the user's mistake.
 _OPTIONAL = ("dynamic_img_size", "img_size")
+# timm's names of settings that have names here, which would otherwise have two values.
+_OURS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "drop_path_rate": "drop_path",
+    "num_classes": "num_classes",
+    "global_pool": "global_pool",
+    "in_chans": "nothing (images are RGB)",
+    "dynamic_img_size": "nothing (it is always on)",
+    "pretrained": "pretrained",
+}
 
 
 @contextmanager
@@ -54,6 +63,7 @@ def build_model(
     drop_path: float = 0.0,
     num_classes: int | None = None,
     global_pool: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a timm model and load its weights.
 
@@ -66,6 +76,7 @@ def build_model(
         drop_path: stochastic depth rate; a ValueError for families without it.
         num_classes: None keeps the classifier that the weights have, 0 removes it.
         global_pool: pooling of the head (``token``, ``avg``, ``map``…); None keeps the model's.
+        model_args: further arguments of the family's timm constructor (``depth``, ``embed_dim``…).
 
     Raises:
         ValueError: unknown name (nearest offered), a setting the family lacks, weights that
@@ -85,17 +96,23 @@ def build_model(
     settings: dict[str, Any] = {
         "img_size": image_size,
         "patch_size": patch_size,
-        "drop_path_rate": drop_path or None,
+        # Said even where it is 0: Swin, for one, has a rate of its own by default.
+        "drop_path_rate": drop_path,
         "num_classes": num_classes,
         "global_pool": global_pool,
         # Positions are resampled only when an image of another size comes, so that at the native
         # size the numbers are those of the plain model, bit for bit.
         "dynamic_img_size": True,
     }
+    own = dict(model_args or {})
+    for key in own:
+        if key in _OURS:
+            raise ValueError(f"model_args names {key!r}: give it as {_OURS[key]}")
     model = _create(
         name,
         pretrained and not is_skeleton(),
-        {key: value for key, value in settings.items() if value is not None},
+        {key: value for key, value in settings.items() if value is not None} | own,
+        frozenset(own),
     )
     if checkpoint is not None and not is_skeleton():
         load_weights(
@@ -107,7 +124,9 @@ def build_model(
     return model
 
 
-def _create(name: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
+def _create(
+    name: str, pretrained: bool, settings: dict[str, Any], asked: frozenset[str]
+) -> nn.Module:
     while True:
         try:
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
@@ -115,8 +134,16 @@ def _create(name: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
         except TypeError as error:
             refused = [key for key in settings if f"'{key}'" in str(error)]
             if "unexpected keyword" not in str(error) or not refused:
-                raise
-            wrong = [key for key in refused if key not in _OPTIONAL]
+                if not asked:
+                    raise
+                raise ValueError(
+                    f"timm cannot build {name} with model_args {sorted(asked)}: {_short(error)}"
+                ) from error
+            wrong = [
+                key
+                for key in refused
+                if key in asked or (key not in _OPTIONAL and settings[key] != 0)
+            ]
             if wrong:
                 raise ValueError(
                     f"{name} has no setting {wrong[0]!r} (received {settings[wrong[0]]!r}): "
@@ -138,5 +165,6 @@ def _create(name: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
 
 
 def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    """Kind of error and its first sentence: hubs explain at length."""
+    text = " ".join(str(error).split()).split(". ")[0]
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,10 +22,14 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "s
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or torch file (``weights_only``: nothing is executed).
 
+    A folder that ``multikd export`` wrote stands for the weights in it.
+
     Raises:
         ValueError: no such file, not a weight file, or one that needs unpickling of objects.
     """
     path = Path(path)
+    if (path / "model.safetensors").is_file():  # an exported folder
+        path = path / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}: give the path of a weight file")
     try:
@@ -32,7 +37,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        # Training programs keep their arguments beside the weights. A Namespace only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} cannot be read without executing pickled code (or is no torch file): "

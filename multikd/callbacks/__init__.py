@@ -5,6 +5,7 @@ from multikd.callbacks.feature_writer import FeatureWriter
 from multikd.callbacks.finite import FiniteLossGuard, NonFiniteLossError
 from multikd.callbacks.knn_probe import KNNProbe
 from multikd.callbacks.precompute import PrecomputeFeatures
+from multikd.callbacks.quantization_aware import QuantizationAware
 from multikd.callbacks.throughput import Throughput
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "KNNProbe",
     "NonFiniteLossError",
     "PrecomputeFeatures",
+    "QuantizationAware",
     "Throughput",
 ]

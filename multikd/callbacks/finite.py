@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multikd.distributed import all_gather_object, all_reduce_max
-from multikd.modules.distillation import StepRecord
+from multikd.modules.records import StepRecord
 
 
 class NonFiniteLossError(RuntimeError):
@@ -34,16 +34,25 @@ class FiniteLossGuard(pl.Callback):
             raise ValueError(f"every_n_steps must be 1 or more, received {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._pending: list[tuple[int, StepRecord]] = []
+        self._steps = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget a run that was stopped."""
+        self._pending, self._steps = [], 0
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note this step's losses and, when it is time, look at them."""
-        record = getattr(pl_module, "last_step", None)
-        if not isinstance(record, StepRecord):
+        records: tuple[StepRecord, ...] = getattr(pl_module, "last_records", ())
+        if not records:
             return
-        self._pending.append((trainer.global_step, record))
-        period = 1 if pl_module.device.type == "cpu" else self.every_n_steps
-        if len(self._pending) >= period:
+        self._pending += [(trainer.global_step, record) for record in records]
+        self._steps += 1
+        if self._steps >= (1 if pl_module.device.type == "cpu" else self.every_n_steps):
             self.check(pl_module.device)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at what is left."""
+        self.check(pl_module.device)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -58,7 +67,7 @@ class FiniteLossGuard(pl.Callback):
         Raises:
             NonFiniteLossError: on every rank, if a loss of any rank is not finite.
         """
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._steps = self._pending, [], 0
         bad = torch.zeros((), device=device)
         for _, record in pending:
             bad = torch.maximum(bad, _is_bad(record).to(device))

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from multikd.distributed import all_gather_object
@@ -14,7 +15,7 @@ from multikd.types import Batch, TokenFeatures
 
 
 class KNNProbe(pl.Callback):
-    """Score the student by weighted k-NN after every validation and log ``val/knn``.
+    """Score the student by weighted k-NN after validation and log ``val/knn``.
 
     Needs ``data.bank`` (labelled images that vote) beside ``data.val`` (images that are scored).
     k = 20, cosine, temperature 0.07, as DINO and its successors evaluate.
@@ -22,7 +23,7 @@ class KNNProbe(pl.Callback):
     Args:
         k: neighbours that vote.
         temperature: of the votes' weights ``exp(cosine / temperature)``.
-        every_n_epochs: validations between two scores.
+        every_n_epochs: in `fit`, score the validations of every n-th epoch only.
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1) -> None:
@@ -40,9 +41,10 @@ class KNNProbe(pl.Callback):
         self._parts = {0: [], 1: []}
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        return not trainer.sanity_checking and (
-            not trainer.training or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        )
+        if trainer.sanity_checking:
+            return False
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def on_validation_batch_end(
         self,
@@ -89,7 +91,8 @@ class KNNProbe(pl.Callback):
             temperature=self.temperature,
         )
         accuracy = (predicted == query_labels).double().mean().float()
-        pl_module.log("val/knn", accuracy.to(pl_module.device), prog_bar=True, rank_zero_only=False)
+        # The same on every rank, so that averaging over them changes nothing but Lightning's mind.
+        pl_module.log("val/knn", accuracy.to(pl_module.device), prog_bar=True, sync_dist=True)
 
 
 def _join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

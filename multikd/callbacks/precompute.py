@@ -48,9 +48,7 @@ class PrecomputeFeatures(pl.Callback):
             raise ValueError(
                 "PrecomputeFeatures needs a folder for the features: set data.init_args.cache"
             )
-        fingerprints = {
-            name: pl_module.teacher(name).fingerprint() for name in pl_module.teacher_names
-        }
+        fingerprints = {name: _fingerprint(pl_module, name) for name in pl_module.teacher_names}
         complete = data.cache_complete(fingerprints)
         barrier()  # every rank has looked before any of them writes
         if complete:
@@ -89,9 +87,19 @@ class PrecomputeFeatures(pl.Callback):
         shown = self.progress and trainer.global_rank == 0
         with Progress(*columns, disable=not shown, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=len(loader))
-            for batch in loader:
-                images = to_float(batch.views[0].to(device))
-                for name in module.teacher_names:
-                    writer.put(batch, name, module.run_teacher(name, images))
-                bar.advance(task)
-        writer.finish()
+            try:
+                for batch in loader:
+                    images = to_float(batch.views[0].to(device))
+                    for name in module.teacher_names:
+                        writer.put(batch, name, module.run_teacher(name, images))
+                    bar.advance(task)
+            finally:
+                writer.finish()  # interrupted, too: what was computed is kept
+
+
+def _fingerprint(module: DistillationModule, name: str) -> str:
+    """The teacher's own, and the student's patch size where the teacher resizes by it."""
+    teacher = module.teacher(name)
+    if teacher.resize != "grid":
+        return teacher.fingerprint()
+    return f"{teacher.fingerprint()}, for student patches of {module.student.spec.patch_size} px"

@@ -15,13 +15,18 @@ class Throughput(pl.Callback):
 
     Wall-clock times of the host: on an accelerator the step is queued, so a waiting device shows
     as data wait only when the loader is the bottleneck over a logging interval, which is the
-    question. The first interval is left out (it holds the warm-up of workers and kernels).
+    question. The first interval of a run is left out (it holds the warm-up of workers and kernels).
     """
 
     def __init__(self) -> None:
         self._batch_end = self._interval_start = 0.0
         self._waited = 0.0
         self._images = 0
+        self._warm = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run begins cold."""
+        self._warm = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the pause between epochs (validation, checkpoints)."""
@@ -50,6 +55,8 @@ class Throughput(pl.Callback):
         self._images += len(batch) * trainer.world_size
         if trainer._logger_connector.should_update_logs:
             elapsed = max(self._batch_end - self._interval_start, 1e-9)
-            pl_module.log("train/images_per_second", self._images / elapsed, prog_bar=True)
-            pl_module.log("train/data_wait", self._waited / elapsed, prog_bar=True)
+            if self._warm:
+                pl_module.log("train/images_per_second", self._images / elapsed, prog_bar=True)
+                pl_module.log("train/data_wait", self._waited / elapsed, prog_bar=True)
+            self._warm = True
             self._reset()

@@ -10,7 +10,7 @@ write different ones of the same files, and a killed computation continues where
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from multikd.data.files import write_atomically
 from multikd.types import Batch, Grid, TokenFeatures
 
 CacheDtype = Literal["float16", "bfloat16", "float32"]
@@ -201,7 +202,8 @@ class FeatureCacheWriter(FeatureCache):
         dtype: how features are kept.
 
     Raises:
-        ValueError: the folder holds features of something else; names what differs.
+        ValueError: the folder holds features of something else (names what differs), or the disk
+            has not the room.
     """
 
     def __init__(
@@ -222,12 +224,16 @@ class FeatureCacheWriter(FeatureCache):
                 if (had := getattr(kept[name], field)) != expected:
                     raise _refused(folder, f"the {field} of teacher {name!r}", had, expected)
         folder.mkdir(parents=True, exist_ok=True)
+        sizes: dict[Path, int] = {}
         for name, record in asked.items():
             for what in ("summary", "patches", "done"):
                 if what == "done" or getattr(record, what) is not None:
                     path, stored, shape = _file(folder, source, name, record, what)
-                    with path.open("ab") as file:  # never empties what another rank has begun
-                        file.truncate(int(np.prod(shape)) * stored.itemsize)
+                    sizes[path] = int(np.prod(shape)) * stored.itemsize
+        _refuse_full_disk(folder, sizes)
+        for path, size in sizes.items():
+            with path.open("ab") as file:  # never empties what another rank has begun
+                file.truncate(size)
         records = {**kept, **asked}
         if records != kept:
             _write_meta(folder, source, records)
@@ -317,9 +323,23 @@ def _read_meta(folder: Path, source: CacheSource) -> dict[str, TeacherRecord]:
 def _write_meta(folder: Path, source: CacheSource, records: Mapping[str, TeacherRecord]) -> None:
     teachers = {name: asdict(record) for name, record in records.items()}
     text = json.dumps({"source": asdict(source), "teachers": teachers}, indent=1)
-    part = folder / f".meta.{os.getpid()}.json"
-    part.write_text(text, encoding="utf-8")
-    part.replace(folder / "meta.json")
+    write_atomically(folder / "meta.json", text.encode())
+
+
+def _refuse_full_disk(folder: Path, sizes: Mapping[Path, int]) -> None:
+    """The files are sparse: a disk that fills up later kills the process with a bus error."""
+    needed = sum(sizes.values())
+    for path in sizes:
+        if path.exists():
+            # Blocks that are filled already; Windows does not tell.
+            needed -= getattr(path.stat(), "st_blocks", 0) * 512
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the feature cache {folder} needs {needed / 1e9:.1f} GB more and the disk has "
+            f"{free / 1e9:.1f} GB: use fewer recorded views, teachers without patches, or another "
+            "folder"
+        )
 
 
 def _refused(folder: Path, what: str, had: object, expected: object) -> ValueError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,17 @@ from multikd.data.order import EpochOrder
 from multikd.data.remote import is_remote
 from multikd.data.sampler import FILLER, Place
 from multikd.data.sources import ShardSource
-from multikd.data.views import DrawKey, ViewPolicy, recorded_number
+from multikd.data.views import DrawKey, Parameters, ViewPolicy, recorded_number
 from multikd.types import Batch, Fault
 
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 NEIGHBOURS = 16
 """Samples after a faulty one, in file order, that are tried in its place."""
+
+_WHOLE_SHARD = ("unreadable", "unreachable", "shard changed")
+"""Causes that the samples after a faulty one share: there the next shard is tried."""
 
 
 class Sample(NamedTuple):
@@ -93,27 +98,44 @@ class SampleReader:
         shard, offset = source.locate(number)
         return source.name(shard), source.key(shard, offset)
 
-    def read(self, dataset: int, number: int) -> tuple[Sample, Fault | None]:
-        """A sample, or the nearest sound one after it and the fault that it stands in for.
+    def read(
+        self, dataset: int, number: int, use: Callable[[Sample], T]
+    ) -> tuple[Sample, T, Fault | None]:
+        """A sample and what ``use`` makes of it; or a sound one near it, and the fault it covers.
+
+        The stand-in is the next sample in file order; for a fault of a whole shard, the one at
+        the same place of the next shard. An exception of ``use`` is a fault, too.
 
         Raises:
-            ValueError: the ``NEIGHBOURS`` samples after a faulty one are faulty too.
+            ValueError: the ``NEIGHBOURS`` tried in place of a faulty sample are faulty too.
         """
-        found = self._find(dataset, number)
-        if isinstance(found, Sample):
-            return found, None
+        fault: Fault | None = None
+        place, tries = number, min(NEIGHBOURS, len(self.sources[dataset]) - 1)
+        for _ in range(tries + 1):
+            found = self._find(dataset, place)
+            if isinstance(found, Sample):
+                try:
+                    return found, use(found), fault
+                except Exception as error:  # a view policy may be anybody's
+                    found = SampleFault("augmentation", f"{type(error).__name__}: {error}")
+            if fault is None:
+                fault = Fault(found.cause, *self.place(dataset, number), found.detail)
+            place = self._after(dataset, place, found.cause in _WHOLE_SHARD)
         shard, key = self.place(dataset, number)
-        fault = Fault(found.cause, shard, key, found.detail)
-        total = len(self.sources[dataset])
-        for step in range(1, min(NEIGHBOURS, total - 1) + 1):
-            neighbour = self._find(dataset, (number + step) % total)
-            if isinstance(neighbour, Sample):
-                return neighbour, fault
+        why = "" if fault is None else f" ({fault.cause}: {fault.detail})"
         raise ValueError(
-            f"neither sample {key} of {shard} ({fault.cause}: {fault.detail}) nor any of the "
-            f"{min(NEIGHBOURS, total - 1)} after it can be read: run  multikd shards inspect  "
-            "on the shards"
+            f"neither sample {key} of {shard}{why} nor any of the {tries} after it can be read: "
+            "run  multikd shards inspect  on the shards"
         )
+
+    def _after(self, dataset: int, number: int, whole_shard: bool) -> int:
+        """The sample to try in place of a faulty one."""
+        source = self.sources[dataset]
+        if not whole_shard:
+            return (number + 1) % len(source)
+        shard, offset = source.locate(number)
+        following = (shard + 1) % len(source.urls)
+        return int(source.starts[following] + offset % source.lengths[following])
 
     def _find(self, dataset: int, number: int) -> Sample | SampleFault:
         known = self._kept.get((dataset, number))
@@ -215,8 +237,13 @@ class ShardDataset(Dataset[Batch]):
 
     def _fetch_ahead(self, epoch: int, position: int) -> None:
         ahead = self.order.shards_ahead(epoch, position)
-        for source, shards in zip(self.reader.sources, ahead, strict=True):
-            source.prefetch(shards)
+        needs = [
+            source.remote_bytes(shards)
+            for source, shards in zip(self.reader.sources, ahead, strict=True)
+        ]
+        for source, shards, need in zip(self.reader.sources, ahead, needs, strict=True):
+            # The data sets share one cache.
+            source.prefetch(shards, source.cache.max_bytes * need / max(sum(needs), 1))
 
     def _assemble(
         self, epoch: int, positions: Ints, dataset: Ints, sample: Ints, number: Ints
@@ -227,19 +254,17 @@ class ShardDataset(Dataset[Batch]):
         labels, keys, faults = [], [], []
         rows = zip(*(a.tolist() for a in (positions, dataset, sample, number)), strict=True)
         for row, (position, group, index, recorded) in enumerate(rows):
-            found, fault = self.reader.read(group, index)
+            draw_keys = [DrawKey.live(self.seed, epoch, position, v) for v in range(len(views))]
+            if recorded >= 0:
+                draw_keys[0] = DrawKey.recorded(self.seed, group, index, recorded)
+            found, seen, fault = self.reader.read(group, index, partial(self._see, draw_keys))
             labels.append(found.label if position != FILLER else -1)
             keys.append(found.key)
             if fault is not None and position != FILLER:
                 faults.append(fault)
-            for view, policy in enumerate(self.policies):
-                if view == 0 and recorded >= 0:
-                    key = DrawKey.recorded(self.seed, group, index, recorded)
-                else:
-                    key = DrawKey.live(self.seed, epoch, position, view)
-                drawn = policy.draw(key, found.image.size)
+            for view, (drawn, image) in enumerate(seen):
                 parameters[row, view, : len(drawn)] = drawn
-                views[view].append(policy.apply(found.image, drawn))
+                views[view].append(image)
         return Batch(
             views=[torch.stack(images) for images in views],
             labels=torch.tensor(labels, dtype=torch.int64),
@@ -252,6 +277,14 @@ class ShardDataset(Dataset[Batch]):
             cached=self._cached(dataset, sample, number),
             faults=faults,
         )
+
+    def _see(self, keys: list[DrawKey], sample: Sample) -> list[tuple[Parameters, Tensor]]:
+        """Parameters and pixels of each view of a sample."""
+        seen = []
+        for key, policy in zip(keys, self.policies, strict=True):
+            drawn = policy.draw(key, sample.image.size)
+            seen.append((drawn, policy.apply(sample.image, drawn)))
+        return seen
 
     def _cached(self, dataset: Ints, sample: Ints, number: Ints) -> Any:
         if self.cache is None:

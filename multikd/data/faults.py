@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from multikd.distributed import world_size
 from multikd.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -14,6 +15,9 @@ _GRACE = 1000  # samples: below so many the rate is taken of this number
 
 class FaultCounter:
     """Counts faults by cause over the batches of one process.
+
+    Among several ranks it only counts and logs: one that stopped alone would leave the others
+    waiting for it. There the callback ``DataFaults`` judges, over all ranks.
 
     Args:
         max_rate: share of samples that may be faulty. Counted over at least 1,000 samples, so
@@ -31,7 +35,7 @@ class FaultCounter:
         """Count a batch; log the 1st, 10th, 100th … fault of each cause.
 
         Raises:
-            ValueError: past the rate; names causes and the last sample.
+            ValueError: past the rate, in a run of one process; names causes and the last sample.
         """
         self.seen += len(batch)
         for fault in batch.faults:
@@ -47,7 +51,8 @@ class FaultCounter:
                     count,
                 )
         total = self.causes.total()
-        if batch.faults and total > self.max_rate * max(self.seen, _GRACE):
+        past = total > self.max_rate * max(self.seen, _GRACE)
+        if batch.faults and past and world_size() == 1:
             causes = ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
             last = batch.faults[-1]
             raise ValueError(

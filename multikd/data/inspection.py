@@ -183,7 +183,13 @@ def inspect_shards(
     problem = ""
     for url in urls:  # one by one, since one bad shard must not hide the others
         try:
-            ShardSource(url, index_dir=index_dir, cache_dir=cache_dir, allow_truncated=True)
+            ShardSource(
+                url,
+                index_dir=index_dir,
+                cache_dir=cache_dir,
+                cache_gb=cache_gb,
+                allow_truncated=True,
+            )
             usable.append(url)
         except (ValueError, OSError) as error:
             problem = str(error)

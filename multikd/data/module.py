@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from multikd.data.views import EvalViews, UnicViews, ViewPolicy
 from multikd.types import TokenFeatures
 
 __all__ = ["DatasetSpec", "ShardDataModule"]
+
+logger = logging.getLogger(__name__)
 
 
 class ShardDataModule(LightningDataModule):
@@ -163,6 +166,10 @@ class ShardDataModule(LightningDataModule):
                     "sequential to false, or leave them out"
                 )
 
+    def has(self, role: str) -> bool:
+        """Whether shards were given for ``train``, ``val`` or ``bank``."""
+        return self._specs[role] is not None
+
     def setup(self, stage: str | None = None) -> None:
         """Open and check the data sets that a stage needs (None: all).
 
@@ -201,7 +208,25 @@ class ShardDataModule(LightningDataModule):
             if samples == 0:
                 raise ValueError(f"the {role} data set {name!r} has no samples: check its shards")
         self._opened[role] = opened
+        self._warn_of_small_cache(opened)
         return opened
+
+    def _warn_of_small_cache(self, opened: Opened) -> None:
+        """Say when a window of remote shards is larger than the cache they are kept in."""
+        window = 0
+        for source in opened.reader.sources:
+            largest = sorted(range(len(source.urls)), key=lambda s: -source.indexes[s].size)
+            window += source.remote_bytes(largest[: self.window_shards])
+        bound = self._source_settings["cache_gb"] * 1e9
+        if window > bound:
+            logger.warning(
+                "window_shards=%d shards take up to %.1f GB and the cache of remote shards holds "
+                "%.1f GB, so that they are fetched again and again: raise shard_cache_gb or lower "
+                "window_shards",
+                self.window_shards,
+                window / 1e9,
+                bound / 1e9,
+            )
 
     def _ranks(self) -> tuple[int, int]:
         """(rank, world): the process group's, else the trainer's, else one process."""
@@ -274,6 +299,10 @@ class ShardDataModule(LightningDataModule):
     def test_dataloader(self) -> list[ShardLoader]:
         """The same as for validation."""
         return self.val_dataloader()
+
+    def predict_dataloader(self) -> ShardLoader:
+        """The validation set: the shards whose features are asked for."""
+        return self.eval_dataloader("val")
 
     def eval_dataloader(self, role: Literal["train", "val", "bank"] | str) -> ShardLoader:
         """One of the sets with the evaluation views, in file order."""
@@ -430,6 +459,9 @@ class ShardDataModule(LightningDataModule):
             "num_workers": workers,
             "collate_fn": identity,
             "pin_memory": torch.cuda.is_available(),
+            # DataLoader draws a seed for its workers, how often depends on their number: from
+            # torch's global generator that would change the student's dropout.
+            "generator": torch.Generator(),
         }
         if workers:
             settings["prefetch_factor"] = self.prefetch_factor

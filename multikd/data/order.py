@@ -225,17 +225,23 @@ class EpochOrder:
         return shard, sample - int(starts[shard])
 
     def shards_ahead(self, epoch: int, position: int) -> list[list[int]]:
-        """For each data set, the shards of the window at a position and of the one after it."""
-        result = []
-        for number, stream in enumerate(self._streams):
-            if len(self._streams) == 1:
-                count = position
-            elif self.shuffle:
-                count = self._cumulative(position)[number]
-            else:
-                count = min(max(position - sum(self.totals[:number]), 0), stream.total - 1)
-            result.append(stream.shards_ahead(epoch * self.quotas[number] + count))
-        return result
+        """For each data set, the shards of the window at a position and of the one after it.
+
+        Where data sets come one after the other, only the one at the position and the next.
+        """
+        if not self.shuffle:
+            result: list[list[int]] = [[] for _ in self._streams]
+            starts = np.concatenate([[0], np.cumsum(self.totals)])
+            now = int(np.searchsorted(starts, position, side="right")) - 1
+            result[now] = self._streams[now].shards_ahead(position - int(starts[now]))
+            if now + 1 < len(self._streams):
+                result[now + 1] = self._streams[now + 1].shards_ahead(0)
+            return result
+        counts = [position] if len(self._streams) == 1 else self._cumulative(position)
+        return [
+            stream.shards_ahead(epoch * quota + count) if quota else []
+            for stream, quota, count in zip(self._streams, self.quotas, counts, strict=True)
+        ]
 
     def _datasets(self, epoch: int, places: Ints) -> tuple[Ints, Ints]:
         """Data set of each place, and how many places of that data set come before it."""

@@ -5,18 +5,20 @@ Only Python's own urllib is used; no shell, no subprocess.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
 import logging
 import os
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from multikd.data.files import TEMPORARY_SUFFIX, file_lock
 
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 _CHUNK = 1 << 20
 _LONGEST_PAUSE = 30.0
+_OURS = re.compile(r"^[0-9a-f]{16}-")  # how ``path_of`` begins its names
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that a later try may not meet
 
 
@@ -86,19 +89,20 @@ class RemoteCache:
         name = os.path.basename(urlsplit(url).path) or "file"
         return self.directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name[-100:]}"
 
-    def fetch(self, url: str) -> Path:
+    def fetch(self, url: str, *, wait: bool = True) -> Path:
         """The local copy of ``url``, fetched if needed.
 
         A copy that is there is trusted: a file at an address is taken never to change.
 
         Raises:
             RemoteError: it could not be fetched.
+            BlockingIOError: ``wait`` is false and another thread or process is fetching it.
         """
         path = self.path_of(url)
         if _touch(path):
             return path
         self.directory.mkdir(parents=True, exist_ok=True)
-        with file_lock(path.with_name(path.name + ".lock")):
+        with file_lock(path.with_name(path.name + ".lock"), wait=wait):
             if _touch(path):  # somebody else fetched it while we waited
                 return path
             part = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -153,7 +157,14 @@ class RemoteCache:
         raise RemoteError(url, f"{reason} ({self.retries + 1} tries)", status)
 
     def _open(self, url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-        request = urllib.request.Request(url, headers={"User-Agent": "multikd", **headers})
+        parts = urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        request = urllib.request.Request(
+            urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "multikd", **headers}
+        )
+        if user:  # urllib would take the password for a port, and say so in its message
+            token = base64.b64encode(unquote(user).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {token}")
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=self.timeout)
         return response
 
@@ -197,6 +208,8 @@ class RemoteCache:
             files = []
             for entry in os.scandir(self.directory):
                 if entry.name.endswith((".lock", TEMPORARY_SUFFIX, "-validator")):
+                    continue
+                if not _OURS.match(entry.name):  # somebody's own file in the folder
                     continue
                 with contextlib.suppress(OSError):  # another process may have deleted it
                     stat = entry.stat()

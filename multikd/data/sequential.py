@@ -13,8 +13,10 @@ What this mode cannot promise, beside the indexed one:
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tarfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,8 @@ class SequentialShards(IterableDataset[Batch]):
         """Samples of these shards by webdataset's own stages; errors are not passed over."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        for number in numbers:
+        for number, following in zip(numbers, [*numbers[1:], -1], strict=True):
+            self._fetch_ahead(following)
             try:
                 yield from group_by_keys(tar_file_expander(self._open(self.urls[number])))
             except (OSError, ValueError, tarfile.TarError) as error:
@@ -181,6 +184,17 @@ class SequentialShards(IterableDataset[Batch]):
                     f"cannot read the shard {public_name(self.urls[number])} as a stream "
                     f"({type(error).__name__}: {words}): check the command or the file"
                 ) from error
+
+    def _fetch_ahead(self, number: int) -> None:
+        """Start fetching a shard, if it is remote; a failure is left to whoever reads it."""
+        if number < 0 or not is_remote(self.urls[number]):
+            return
+
+        def fetch() -> None:
+            with contextlib.suppress(OSError):
+                self._remote.fetch(self.urls[number])
+
+        threading.Thread(target=fetch, daemon=True).start()
 
     def _open(self, url: str) -> Iterator[dict[str, Any]]:
         from webdataset.gopen import gopen_pipe

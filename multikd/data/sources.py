@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ __all__ = ["DEFAULT_CACHE", "ShardSource", "expand_braces", "expand_urls"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE = Path.home() / ".cache" / "multikd"
+_COOL_DOWN = 60.0  # seconds for which a shard that could not be fetched is not asked for again
 _GAP = 1 << 16  # bytes between two members that are read along rather than skipped
 
 
@@ -66,6 +68,7 @@ class ShardSource:
     _fetcher: threading.Thread | None
     _handles: OrderedDict[int, int]  # shard → file descriptor, least recently used first
     _wanted: list[int]
+    _failed: dict[int, tuple[float, RemoteError]]  # until when, why
 
     def __init__(
         self,
@@ -150,7 +153,10 @@ class ShardSource:
         if not 0 <= sample < len(index):
             raise IndexError(f"sample {sample} of {len(index)} in {self.name(shard)}")
         members = [m for m in index.members(sample) if extensions is None or m[0] in extensions]
+        self._own_process()
         try:
+            if shard not in self._handles:
+                self.local_path(shard)  # before the lock, as a download takes long
             with self._lock:  # threads must not close a handle that another one reads from
                 return _read(self._descriptor(shard), members)
         except RemoteError as error:
@@ -159,24 +165,47 @@ class ShardSource:
             detail = f"{self.name(shard)}: {error.strerror or error}"
             raise SampleFault("unreadable", detail) from error
 
-    def local_path(self, shard: int) -> Path:
+    def local_path(self, shard: int, *, wait: bool = True) -> Path:
         """The shard as a local file; a remote one is fetched into the cache.
 
         Raises:
-            RemoteError: it could not be fetched.
+            RemoteError: it could not be fetched, now or within the last minute.
+            BlockingIOError: ``wait`` is false and another thread or process is fetching it.
         """
         url = self.urls[shard]
-        return self.cache.fetch(url) if is_remote(url) else Path(url)
+        if not is_remote(url):
+            return Path(url)
+        until, failure = self._failed.get(shard, (0.0, None))
+        if failure is not None and time.monotonic() < until:
+            raise failure.with_traceback(None)
+        try:
+            return self.cache.fetch(url, wait=wait)
+        except RemoteError as error:
+            self._failed[shard] = (time.monotonic() + _COOL_DOWN, error)
+            raise
 
-    def prefetch(self, shards: Iterable[int]) -> None:
+    def remote_bytes(self, shards: Iterable[int]) -> int:
+        """Size of those of these shards that are remote."""
+        return sum(self.indexes[s].size for s in shards if is_remote(self.urls[s]))
+
+    def prefetch(self, shards: Iterable[int], max_bytes: float = float("inf")) -> None:
         """Start fetching remote shards in the background, in this order; returns at once.
 
-        Failures are left to whoever reads the shard. A new call takes the place of what an
-        earlier one has not begun yet.
+        It goes as far as the cache, or ``max_bytes``, holds: more would evict what is needed
+        first. Failures are left to whoever reads the shard. A new call takes the place of what an
+        earlier one has not begun yet. What another process is fetching is passed over, so that
+        the workers of a machine fetch different shards at a time.
         """
-        wanted = [s for s in shards if is_remote(self.urls[s])]
+        room = min(max_bytes, self.cache.max_bytes)
+        wanted = []
+        for shard in shards:
+            room -= self.remote_bytes([shard])
+            if room < 0:
+                break
+            if is_remote(self.urls[shard]):
+                wanted.append(shard)
+        self._own_process()
         with self._lock:
-            self._own_process()
             self._wanted = wanted
             if wanted and (self._fetcher is None or not self._fetcher.is_alive()):
                 self._fetcher = threading.Thread(target=self._fetch_wanted, daemon=True)
@@ -184,14 +213,15 @@ class ShardSource:
 
     def close(self) -> None:
         """Close the file handles of this process; reading opens them again."""
+        self._own_process()
         with self._lock:
-            if self._pid == os.getpid():
-                for descriptor in self._handles.values():
-                    os.close(descriptor)
+            self._wanted = []
+            for descriptor in self._handles.values():
+                os.close(descriptor)
             self._handles.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_pid", "_handles", "_lock", "_wanted", "_fetcher")
+        own = ("_pid", "_handles", "_lock", "_wanted", "_fetcher", "_failed")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,11 +234,16 @@ class ShardSource:
         self._lock = threading.RLock()
         self._wanted = []
         self._fetcher = None
+        self._failed = {}
 
     def _own_process(self) -> None:
-        """After a fork, forget the parent's thread; its file handles are good for pread."""
+        """After a fork, forget the parent's thread; its file handles are good for pread.
+
+        The lock may have been held by that thread, which is not there to give it back.
+        """
         if self._pid != os.getpid():
             self._pid, self._wanted, self._fetcher = os.getpid(), [], None
+            self._lock = threading.RLock()
 
     def _fetch_wanted(self) -> None:
         while True:
@@ -218,12 +253,13 @@ class ShardSource:
                     return
                 shard = self._wanted.pop(0)
             try:
-                self.local_path(shard)
+                self.local_path(shard, wait=False)
+            except BlockingIOError:
+                continue
             except OSError as error:
                 logger.warning("prefetch: %s", error)
 
     def _descriptor(self, shard: int) -> int:
-        self._own_process()
         if shard in self._handles:
             self._handles.move_to_end(shard)
             return self._handles[shard]

@@ -11,6 +11,7 @@ import io
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def scan_tar(
     _refuse_other_formats(path, file.read(8), size)
     try:
         samples, faults, truncated = _walk(file, size)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
         raise ValueError(
             f"the shard {path} is not a tar archive ({error}): write it again"
         ) from error
@@ -109,7 +110,7 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
         try:
-            for info in tar:
+            for info in _headers(tar):
                 if info.isdir():
                     continue
                 refusal = _refusal(info)
@@ -139,6 +140,21 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
     if truncated and samples and (cut_key == samples[-1][0] or _lacks_members(samples)):
         samples.pop()
     return samples, faults, truncated
+
+
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers in turn; none is kept, as an archive may have millions.
+
+    Raises:
+        ValueError: a negative size leads back, where Python before 3.11.14 reads for ever.
+    """
+    reached = 0
+    while (info := tar.next()) is not None:
+        if tar.offset <= reached:
+            raise ValueError(f"the header before byte {reached} leads backwards")
+        reached = tar.offset
+        tar.members.clear()  # type: ignore[attr-defined]
+        yield info
 
 
 def _lacks_members(samples: list[Sample]) -> bool:

@@ -252,7 +252,6 @@ def single_teacher(
         "init_args": {
             "encoder": f"packaged:efficientnet_{name}",
             "resize": "none",
-            "dtype": "bfloat16",
         },
     }
     args = [*fit_arguments(settings, folder), f"--model.teachers={json.dumps({name: teacher})}"]

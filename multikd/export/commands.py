@@ -2,39 +2,241 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multikd.checkpoints import TrainedStudent, WeightChoice, load_student
-from multikd.export.card import CardFacts, TeacherFacts
-from multikd.export.timm_folder import export_timm_folder
+from multikd.checkpoints import CHECKPOINT_KEY, TrainedStudent, WeightChoice, load_student
+from multikd.export.card import CardFacts, TeacherFacts, Written
+from multikd.export.cost import measure_cost
+from multikd.export.folder import check_target, new_folder, sha256
+from multikd.export.heads import trained_heads, write_heads
+from multikd.export.provenance import data_facts, recipe, seeds, without_secrets
+from multikd.export.sources import link_of, start_facts
+from multikd.export.standalone import CONFIG as HEADS
+from multikd.export.timm_folder import TimmOptions, write_card, write_timm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the command line asks for; see ``multikd export --help``.
+
+    Attributes:
+        formats: beside the timm folder, which is always written.
+        quantize: quantised formats by short name (``deliver.QUANTIZED``).
+        heads: teachers whose heads are kept.
+        weights: ``ema``, ``raw`` or ``auto``.
+        timm: classifier, output and final norm.
+        preprocessing: put resizing and normalisation into the graphs of the other formats.
+        opset: of ONNX.
+        data: shards of real images for parity, calibration and scores; None takes the run's
+            training shards where they are at hand.
+        images: how many of them.
+        max_cosine_loss: a quantised file further from float than this is refused; None takes the
+            default.
+        max_agreement_loss: the same for the share of changed k-NN answers.
+        results: JSON file with ``scores``, ``retention`` and ``groups`` for the card.
+        licence: of the weights, in place of the most restrictive one found.
+        data_licence: of the training data.
+        cost: measure latency and multiply-adds.
+        overwrite: replace an earlier export.
+    """
+
+    formats: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    weights: WeightChoice = "auto"
+    timm: TimmOptions = field(default_factory=TimmOptions)
+    preprocessing: bool = False
+    opset: int = 18
+    data: str | None = None
+    images: int = 512
+    max_cosine_loss: float | None = None
+    max_agreement_loss: float | None = None
+    results: Path | None = None
+    licence: str | None = None
+    data_licence: str = ""
+    cost: bool = True
+    overwrite: bool = False
 
 
 def run_export(
-    checkpoint: Path, out: Path, *, weights: WeightChoice = "auto", overwrite: bool = False
+    checkpoint: Path, out: Path, settings: ExportSettings | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Export the student of a checkpoint as a timm folder; returns (text, figures)."""
-    trained = load_student(checkpoint, weights)
-    folder = export_timm_folder(trained.student, out, card=card_facts(trained), overwrite=overwrite)
-    figures = {"export": str(folder), "weights": trained.weights, "epoch": trained.epoch}
-    text = (
-        f"wrote {folder} ({trained.weights} weights after {trained.epoch} epochs)\n"
-        f"  timm.create_model('local-dir:{folder}', pretrained=True, num_classes=0)"
+    """Export the student of a checkpoint; returns (text, figures).
+
+    Everything is written into a temporary folder that becomes ``out`` when the last check passed.
+
+    Raises:
+        ValueError: anything that can't be exported as asked, in one sentence; nothing is written.
+        MissingExtraError: a format whose packages are not installed.
+        OSError: the place can't be written to, or its disk is full.
+    """
+    from multikd.export.deliver import check_formats, write_formats
+
+    asked = settings or ExportSettings()
+    out = Path(out)
+    check_target(out, asked.overwrite)
+    if asked.heads and asked.timm.output == "tokens":
+        raise ValueError("heads need the pooled student: leave out --heads or --output tokens")
+    formats = check_formats(asked.formats, asked.quantize)
+    results = read_results(asked.results)
+    trained = load_student(checkpoint, asked.weights)
+    heads = trained_heads(trained, asked.heads) if asked.heads else []
+    facts = card_facts(
+        trained,
+        checkpoint=checkpoint,
+        licence=asked.licence,
+        data_licence=asked.data_licence,
+        results=results,
     )
-    return text, figures
+    with new_folder(out, asked.overwrite) as folder:
+        written = write_timm(folder, trained.student, facts, asked.timm)
+        if heads:
+            logger.info("heads: %s", ", ".join(asked.heads))
+            written.head_errors = write_heads(folder, trained.student, heads)
+            written.heads = json.loads((folder / HEADS).read_text(encoding="utf-8"))["heads"]
+        written.formats = write_formats(folder, trained, asked, formats)
+        if asked.cost:
+            written.cost = measure_cost(trained.student)
+        write_card(folder, trained.student.spec, facts, written)
+    return _text(out, trained, facts, written), _figures(out, trained, facts, written)
 
 
-def card_facts(trained: TrainedStudent) -> CardFacts:
-    """What the card says of a student out of a checkpoint: its teachers and their licences."""
+def split_names(text: str) -> tuple[str, ...]:
+    """``a,b`` → its names, each once, in their order."""
+    return tuple(dict.fromkeys(name for name in (n.strip() for n in text.split(",")) if name))
+
+
+def read_results(path: Path | None) -> dict[str, Any]:
+    """``scores`` (name → 0–1), ``retention`` and ``groups`` (lists of rows) of a results file.
+
+    Raises:
+        ValueError: no such file, or none of these in it.
+    """
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the results {path} can't be read ({error})") from error
+    known = ("scores", "retention", "groups")
+    found = {k: content[k] for k in known if k in content} if isinstance(content, dict) else {}
+    right = isinstance(found.get("scores", {}), dict) and all(
+        isinstance(found.get(key, []), list) and all(isinstance(row, dict) for row in found[key])
+        for key in ("retention", "groups")
+        if key in found
+    )
+    if not found or not right:
+        raise ValueError(
+            f"{path} holds no results for a card: expected a JSON object with 'scores' (name → "
+            "value), 'retention' or 'groups' (lists of rows)"
+        )
+    return found
+
+
+def card_facts(
+    trained: TrainedStudent,
+    *,
+    checkpoint: Path | None = None,
+    licence: str | None = None,
+    data_licence: str = "",
+    results: dict[str, Any] | None = None,
+) -> CardFacts:
+    """What the card says of a student out of a checkpoint.
+
+    Args:
+        trained: the student.
+        checkpoint: its file, to be hashed.
+        licence: of the weights, in place of the most restrictive one found.
+        data_licence: of the training data; empty takes what ``dataset.json`` says.
+        results: what ``read_results`` gave.
+    """
+    results = results or {}
     teachers = tuple(
-        TeacherFacts(name=facts["encoder"], licence=facts["licence"], source=facts["source"])
-        for facts in trained.teachers.values()
+        TeacherFacts(
+            name=facts["encoder"],
+            licence=facts["licence"],
+            source=facts["source"],
+            called=name,
+            link=link_of(facts["encoder"]),
+            revision=facts.get("fingerprint", ""),
+        )
+        for name, facts in trained.teachers.items()
     )
-    licences = {teacher.licence for teacher in teachers}
+    data_sets = data_facts(trained.config)
+    stated = [str(d.get("licence") or d.get("license") or "") for d in data_sets]
+    if not data_licence and stated and all(stated):
+        from multikd.export.licences import most_restrictive
+
+        data_licence = most_restrictive(stated)
     return CardFacts(
         teachers=teachers,
-        # One licence where all teachers agree; otherwise the reader must look at each.
-        licence=licences.pop() if len(licences) == 1 else "other (see the teachers' licences)",
-        data=str(trained.config.get("data", {}).get("init_args", {}).get("train", "")),
+        scores=results.get("scores", {}),
+        retention=results.get("retention", ()),
+        groups=results.get("groups", ()),
+        licence=licence,
+        data=", ".join(str(d.get("source") or d.get("urls")) for d in data_sets),
+        data_licence=data_licence,
+        data_sets=data_sets,
         notes=f"{trained.weights} weights after {trained.epoch} epochs, {trained.step} steps",
+        start=start_facts(trained.config),
+        weights=trained.weights,
+        recipe=recipe(trained),
+        config=without_secrets(trained.checkpoint.get(CHECKPOINT_KEY, {}).get("config", "")),
+        trained_by=trained.version,
+        seeds=seeds(trained.config),
+        checkpoint={}
+        if checkpoint is None
+        else {"name": Path(checkpoint).name, "sha256": sha256(Path(checkpoint))},
+        class_names=_class_names(data_sets, trained.student.num_classes),
     )
+
+
+def _class_names(data_sets: Sequence[dict[str, Any]], classes: int) -> tuple[str, ...]:
+    for entry in data_sets:
+        names = entry.get("classes")
+        if classes and isinstance(names, list) and len(names) == classes:
+            return tuple(str(name) for name in names)
+    return ()
+
+
+def _text(out: Path, trained: TrainedStudent, facts: CardFacts, written: Written) -> str:
+    classes = "" if written.num_classes else ", num_classes=0"
+    owners = facts.owners_of(facts.binding_licence)
+    lines = [
+        f"wrote {out} ({trained.weights} weights after {trained.epoch} epochs)",
+        f"  licence   {facts.binding_licence} (of {', '.join(owners) or 'your choice'})",
+        f"  timm      timm.create_model('local-dir:{out}', pretrained=True{classes})",
+    ]
+    for name, error in written.head_errors.items():
+        lines.append(f"  head      {name}, {error:.1e} from the unfolded ladder")
+    for report in written.formats:
+        lines.append(f"  {report['text']}")
+    if written.cost is not None and written.cost.milliseconds is not None:
+        lines.append(
+            f"  cost      {written.parameters / 1e6:.1f} M parameters, "
+            f"{written.cost.milliseconds:.2f} ms an image (p50, batch 1, one thread)"
+        )
+    return "\n".join(lines)
+
+
+def _figures(
+    out: Path, trained: TrainedStudent, facts: CardFacts, written: Written
+) -> dict[str, Any]:
+    return {
+        "export": str(out),
+        "weights": trained.weights,
+        "epoch": trained.epoch,
+        "licence": facts.binding_licence,
+        "parameters": written.parameters,
+        "heads": dict(written.head_errors),
+        "formats": [dict(report) for report in written.formats],
+        "cost": None if written.cost is None else vars(written.cost),
+        "files": {path.name: path.stat().st_size for path in sorted(out.iterdir())},
+    }

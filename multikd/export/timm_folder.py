@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 import json
 import logging
-import os
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multikd.export.card import UNKNOWN_LICENCE, CardFacts, manifest, readme
+from multikd.export.card import CardFacts, Written, manifest
+from multikd.export.folder import CONFIG, MANIFEST, new_folder, sha256
+from multikd.export.licences import UNKNOWN
+from multikd.export.readme import readme
 from multikd.students import StudentEncoder
 from multikd.types import EncoderSpec
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 # All that stays true of the student of what timm says of the architecture's published weights.
 _KEPT_KEYS = ("crop_pct", "crop_mode", "min_input_size")
 # Arguments for training or placement, or set by us: they don't shape the model.
 _OTHER_ARGUMENTS = frozenset(
     {"num_classes", "in_chans", "cache_dir", "device", "dtype", "pretrained_model_args"}
 )
+
+
+@dataclass(frozen=True)
+class TimmOptions:
+    """What the timm model of the folder answers.
+
+    Attributes:
+        classifier: keep the trained classifier.
+        output: ``pooled`` (the student's summary), or ``tokens`` (no pooling: all tokens of a ViT,
+            the map of a CNN).
+        final_norm: keep a ViT's norm behind the last block. Ladder-only training leaves it at its
+            start, so that without it the features are those of the last rung.
+    """
+
+    classifier: bool = False
+    output: Literal["pooled", "tokens"] = "pooled"
+    final_norm: bool = True
 
 
 def export_timm_folder(
@@ -60,48 +80,93 @@ def export_timm_folder(
             not finite, or a model that timm does not rebuild to the same features.
         OSError: the folder can't be written.
     """
-    out = Path(out)
     facts = CardFacts() if card is None else card
-    _check_target(out, overwrite)
-    if classifier and not student.num_classes:
-        raise ValueError(
-            f"the student {student.spec.name} has no classifier to export: leave it out"
-        )
-    model = student.export_model(classifier).cpu().float().eval()
-    state = {name: t.detach().contiguous().clone() for name, t in model.state_dict().items()}
-    _check_finite(state)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        _write(temporary, model, state, student.spec, facts)
-        _verify(temporary, model, student.spec)
-        _move(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    out = Path(out)
+    with new_folder(out, overwrite) as folder:
+        written = write_timm(folder, student, facts, TimmOptions(classifier=classifier))
+        write_card(folder, student.spec, facts, written)
     logger.info("exported the student to %s", out)
     return out
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise ValueError(f"{out} exists already: give another folder, or overwrite it on purpose")
-    if out.is_symlink() or not _is_export(out):
-        raise ValueError(
-            f"{out} is not an earlier export of multikd, so it is not overwritten: "
-            "give another folder"
-        )
+def write_timm(
+    folder: Path, student: StudentEncoder, facts: CardFacts, options: TimmOptions
+) -> Written:
+    """Write weights and ``config.json`` into an existing folder, and check them with timm.
+
+    Raises:
+        ValueError: options that the student does not have, weights that are not finite, or a model
+            that timm does not rebuild to the same features.
+    """
+    model, arguments = prepared_model(student, options)
+    state = {name: t.detach().contiguous().clone() for name, t in model.state_dict().items()}
+    _check_finite(state)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config = timm_config(model, student.spec, facts, arguments)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _verify(folder, model, student.spec)
+    return Written(
+        architecture=config["architecture"],
+        parameters=sum(p.numel() for p in model.parameters()),
+        num_classes=config["num_classes"],
+        output=options.output,
+    )
 
 
-def _is_export(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("origin") == "multikd"
+def write_card(folder: Path, spec: EncoderSpec, facts: CardFacts, written: Written) -> None:
+    """Write ``README.md``, and ``manifest.json`` over all that is in the folder by then."""
+    (folder / CARD).write_text(readme(spec, facts, written), encoding="utf-8")
+    hashes = {
+        path.relative_to(folder).as_posix(): {
+            "sha256": sha256(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    about = manifest(spec, facts, written, hashes)
+    text = json.dumps(about, indent=2, default=str) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def prepared_model(
+    student: StudentEncoder, options: TimmOptions
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model to write, and the arguments that rebuild what the options changed of it.
+
+    Raises:
+        ValueError: an option that this student does not have.
+    """
+    name = student.spec.name
+    if options.classifier and not student.num_classes:
+        raise ValueError(f"the student {name} has no classifier to export: leave it out")
+    model = student.export_model(options.classifier).cpu().float().eval()
+    arguments: dict[str, Any] = {}
+    if options.output == "tokens":
+        if options.classifier:
+            raise ValueError("a classifier needs pooled output: leave out one of the two")
+        try:
+            model.reset_classifier(0, global_pool="")  # type: ignore[operator]
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"{name} can't be exported without pooling ({error}): leave out the tokens, and "
+                "use its forward_features"
+            ) from error
+        arguments["global_pool"] = ""
+        if isinstance(getattr(model, "fc_norm", None), nn.Module) and _takes(model, "fc_norm"):
+            arguments["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
+    if not options.final_norm:
+        if not _takes(model, "final_norm"):
+            raise ValueError(f"{name} has no final norm that can be left out: keep it")
+        model.norm = nn.Identity()
+        if hasattr(model, "fc_norm"):
+            model.fc_norm = nn.Identity()
+        arguments["final_norm"] = False
+    return model, arguments
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(type(model).__init__).parameters
 
 
 def _check_finite(state: dict[str, Tensor]) -> None:
@@ -113,36 +178,19 @@ def _check_finite(state: dict[str, Tensor]) -> None:
         )
 
 
-def _write(
-    folder: Path, model: nn.Module, state: dict[str, Tensor], spec: EncoderSpec, facts: CardFacts
-) -> None:
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-    sha256 = hashlib.sha256((folder / _WEIGHTS).read_bytes()).hexdigest()
-    config = timm_config(model, spec, facts)
-    architecture = config["architecture"]
-    parameters = sum(p.numel() for p in model.parameters())
-    classes = config["num_classes"]
-    about = manifest(
-        spec,
-        facts,
-        architecture=architecture,
-        parameters=parameters,
-        num_classes=classes,
-        sha256=sha256,
-    )
-    for name, value in ((_CONFIG, config), ("manifest.json", about)):
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    card = readme(
-        spec, facts, architecture=architecture, parameters=parameters, num_classes=classes
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+def timm_config(
+    model: nn.Module,
+    spec: EncoderSpec,
+    facts: CardFacts,
+    changed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """``config.json`` as timm reads it: architecture, arguments, full ``pretrained_cfg``.
 
-
-def timm_config(model: nn.Module, spec: EncoderSpec, facts: CardFacts) -> dict[str, Any]:
-    """``config.json`` as timm reads it: architecture, arguments, full ``pretrained_cfg``."""
+    ``changed`` are arguments beside those that the model was built with.
+    """
     source: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}))
     cfg = {key: source[key] for key in _KEPT_KEYS if source.get(key) is not None}
-    arguments = _model_arguments(model)
+    arguments = _model_arguments(model) | dict(changed or {})
     flexible = bool(arguments.get("dynamic_img_size")) or arguments.get("strict_img_size") is False
     cfg |= {
         "input_size": [3, *spec.image_size],
@@ -153,18 +201,22 @@ def timm_config(model: nn.Module, spec: EncoderSpec, facts: CardFacts) -> dict[s
         "pool_size": _pool_size(model, spec),
         "first_conv": source.get("first_conv"),
         "classifier": source.get("classifier"),
-        "license": facts.licence,
+        "license": facts.binding_licence,
         "description": "Distilled by multikd from "
         + (", ".join(teacher.name for teacher in facts.teachers) or "its teachers"),
     }
-    if facts.licence == UNKNOWN_LICENCE:
+    if facts.binding_licence == UNKNOWN:
         del cfg["license"]
     classes = int(getattr(model, "num_classes", 0))
+    named = (
+        {"label_names": list(facts.class_names)} if len(facts.class_names) == classes > 0 else {}
+    )
     return {
         "architecture": source["architecture"],
         "num_classes": classes,
         "num_features": int(getattr(model, "num_features", 0)),
         "origin": "multikd",
+        **named,
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": cfg | {"num_classes": classes},
     }
@@ -231,19 +283,3 @@ def _verify(folder: Path, model: nn.Module, spec: EncoderSpec) -> None:
         + (f"weights ({different[0]} and {len(different) - 1} more)" if different else "features")
         + ": report this with the student's settings"
     )
-
-
-def _move(temporary: Path, out: Path) -> None:
-    """Put the finished folder in its place; an earlier one gives way, and returns on failure."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    retired = out.parent / f".{out.name}.{os.getpid()}.old"
-    shutil.rmtree(retired, ignore_errors=True)
-    out.rename(retired)
-    try:
-        temporary.rename(out)
-    except BaseException:
-        retired.rename(out)
-        raise
-    shutil.rmtree(retired)

@@ -10,7 +10,13 @@ from multikd.types import TOKEN_TYPES, Batch, TokenFeatures, TokenType
 
 
 class DistillationLoss(nn.Module):
-    """One objective: feature, response or relation."""
+    """One objective: feature, response or relation.
+
+    Attributes:
+        tokens: the token types that it reads; others get no projector.
+    """
+
+    tokens: tuple[TokenType, ...] = TOKEN_TYPES
 
     def forward(
         self, prediction: TokenFeatures, target: TokenFeatures, batch: Batch | None = None
@@ -72,6 +78,7 @@ class FeatureLoss(DistillationLoss):
         self.smooth_l1 = smooth_l1
         self.beta = beta
         self.weights: dict[TokenType, float] = {"summary": summary, "patches": patches}
+        self.tokens = tuple(token for token in TOKEN_TYPES if self.weights[token] > 0)
 
     def forward(
         self, prediction: TokenFeatures, target: TokenFeatures, batch: Batch | None = None

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,6 +18,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder
 from multikd.losses.balancing import FixedWeights, LossBalancer
@@ -26,39 +26,19 @@ from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
 from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.labels import Term
 from multikd.modules.ema import StudentAverage
+from multikd.modules.records import StepRecord, gradient_norm, mean_norm
+from multikd.modules.sharding import shard_modules
 from multikd.normalizers import EMAStandardizers, FeatureNormalizer, NormalizerFactory
 from multikd.optim import WarmupCosine, parameter_groups, scale_learning_rate
-from multikd.projectors import MLPProjectors, ProjectorFactory
+from multikd.projectors import MLPProjectors, Projector, ProjectorFactory, TokenwiseProjector
 from multikd.students import StudentEncoder
 from multikd.teachers import Teacher, TeacherDict
-from multikd.types import Batch, Grid, StudentOutput, TokenFeatures
+from multikd.types import TOKEN_TYPES, Batch, Grid, StudentOutput, TokenFeatures, TokenType, Widths
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class StepRecord:
-    """What one step computed, kept on the device for guards and diagnostics.
-
-    Attributes:
-        names: the T teachers that ran.
-        losses: ``(T, B)`` float32, detached.
-        keep: ``(T, B)`` which teacher counted for which image.
-        lambdas: ``(T,)`` weights of the balancer.
-        total: the loss that was differentiated, detached.
-        terms: name → ``(B,)`` of the terms beside the teachers'.
-        keys: the B sample keys.
-        norms: name → norm of predictions and targets, for logging.
-    """
-
-    names: tuple[str, ...]
-    losses: Tensor
-    keep: Tensor
-    lambdas: Tensor
-    total: Tensor
-    terms: dict[str, Tensor]
-    keys: list[str]
-    norms: dict[str, Tensor]
+# Of the seeds of dropout and drop path, apart from the streams of teacher dropping.
+_RANDOM_STREAM = 1 << 33
 
 
 class DistillationModule(pl.LightningModule):
@@ -84,6 +64,8 @@ class DistillationModule(pl.LightningModule):
         validate_losses: run the teachers in validation too, for their losses there.
         compile_student: ``torch.compile`` student and ladder.
     """
+
+    seed: Tensor
 
     def __init__(
         self,
@@ -116,14 +98,18 @@ class DistillationModule(pl.LightningModule):
                 "a term needs class logits, but the student has no classifier: "
                 "set student.init_args.num_classes to the number of classes"
             )
-        student.freeze_unreached(uses_features=uses_features)
-        teacher_widths = {name: teacher.widths for name, teacher in teachers.items()}
-        self.ladder = Ladder(student.widths, teacher_widths, projectors or MLPProjectors())
+        self.losses = nn.ModuleDict(self._losses(loss or FeatureLoss(), teacher_losses or {}))
+        # A projector that no loss reads would never get a gradient, and DDP would wait for it.
+        projected = {
+            name: projected_widths(name, teacher.widths, cast(DistillationLoss, self.losses[name]))
+            for name, teacher in teachers.items()
+        }
+        self.ladder = Ladder(student.widths, projected, projectors or MLPProjectors())
+        student.freeze_unreached(uses_features, tokens_read(self.ladder, projected.values()))
         factory = normalizers or EMAStandardizers()
         self.normalizers = nn.ModuleDict(
-            {name: factory.build(widths) for name, widths in teacher_widths.items()}
+            {name: factory.build(teacher.widths) for name, teacher in teachers.items()}
         )
-        self.losses = nn.ModuleDict(self._losses(loss or FeatureLoss(), teacher_losses or {}))
         self.dropper = dropper if dropper is not None else NoDropping()
         self.dropper.bind(self.teacher_names)
         self.balancer = balancer if balancer is not None else FixedWeights()
@@ -134,8 +120,11 @@ class DistillationModule(pl.LightningModule):
         self.schedule = schedule or WarmupCosine()
         self.average = None if ema_decay is None else StudentAverage(student, ema_decay)
         self.validate_losses = validate_losses
-        self.last_step: StepRecord | None = None
-        self._averaged_step = 0
+        self.last_records: tuple[StepRecord, ...] = ()
+        # Of dropout and drop path. A buffer, so that a resumed run goes on with the same draws.
+        seed = torch.initial_seed() & (2**63 - 1)
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        self._run_seed = seed
         # Teachers are the same on every rank already: DDP neither broadcasts nor reduces them.
         self._ddp_params_and_buffers_to_ignore = [
             f"teachers.{name}"
@@ -211,7 +200,7 @@ class DistillationModule(pl.LightningModule):
         }
         predictions = self.ladder(output.rungs, grids, names)
         rows: list[Tensor] = []
-        norms: dict[str, Tensor] = {"student": _norm(output.features.summary)}
+        norms: dict[str, Tensor] = {"student": mean_norm(output.features.summary)}
         for name in names:
             raw = targets[name]
             normalizer = self.normalizer(name)
@@ -220,10 +209,10 @@ class DistillationModule(pl.LightningModule):
             if training:
                 normalizer.update(raw)
             rows.append(self.losses[name](predictions[name], target, batch))
-            norms[f"prediction/{name}"] = _norm(
+            norms[f"prediction/{name}"] = mean_norm(
                 predictions[name].summary, predictions[name].patches
             )
-            norms[f"target/{name}"] = _norm(raw.summary, raw.patches)
+            norms[f"target/{name}"] = mean_norm(raw.summary, raw.patches)
         losses = torch.stack(rows)
         if training:
             keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
@@ -272,23 +261,30 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch: the mean over its views."""
-        losses = []
+        losses, records = [], []
         for view in range(len(batch.views)):
             loss, record = self.step(batch, view, batch_idx, training=True)
             losses.append(loss)
-            self.last_step = record
+            records.append(record)
             self._log_step(record, len(batch))
+        self.last_records = tuple(records)
         return torch.stack(losses).mean()
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the student's average after an optimiser step (not after an accumulated batch)."""
-        if self.average is not None and self.global_step != self._averaged_step:
-            self.average.update(self.student)
-            self._averaged_step = self.global_step
+    def on_train_start(self) -> None:
+        """Read the seed from its device, once, after a checkpoint was restored."""
+        self._run_seed = int(self.seed)
 
-    def on_train_epoch_end(self) -> None:
-        """Balancers that look at whole epochs learn that one is over."""
-        self.balancer.end_epoch()
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Tell the balancer that an epoch is over, and seed dropout and drop path.
+
+        Here, since checkpoints written after the last batch or after validation are of a moment
+        before the epoch's end, and Lightning resumes from them without the hooks of epochs.
+        """
+        if batch_idx == 0:
+            self.balancer.end_epoch()
+        stream = _RANDOM_STREAM + self.global_rank
+        draw = hash_unit(self._run_seed, self.current_epoch, batch_idx, stream)
+        torch.manual_seed(int(draw * 2**24))
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -299,13 +295,16 @@ class DistillationModule(pl.LightningModule):
         reads; filler rows (position −1) are marked so that nobody scores them.
         """
         if dataloader_idx == 0 and self.validate_losses:
-            total, record = self.step(batch, 0, batch_idx, training=False)
-            valid = (batch.positions >= 0).to(record.losses.dtype)
-            count = valid.sum().clamp(min=1.0)
-            per_teacher = (record.losses * valid).sum(dim=1) / count
-            values = {f"val/loss/{n}": per_teacher[i] for i, n in enumerate(record.names)}
-            values["val/loss"] = per_teacher.mean() + (total - record.losses.mean())
-            self.log_dict(values, batch_size=len(batch), sync_dist=True, add_dataloader_idx=False)
+            _, record = self.step(batch, 0, batch_idx, training=False)
+            real = batch.positions >= 0
+            count = int(real.sum())
+            values = {n: _mean_of(record.losses[i], real) for i, n in enumerate(record.names)}
+            total = torch.stack(list(values.values())).mean()
+            for name, term in record.terms.items():
+                total = total + cast(Term, self.terms[name]).weight * _mean_of(term, real)
+            logged = {f"val/loss/{n}": value for n, value in values.items()} | {"val/loss": total}
+            # Weighted with the real images: a batch that only pads a rank counts nothing.
+            self.log_dict(logged, batch_size=count, sync_dist=True, add_dataloader_idx=False)
         features = self(batch.views[0])
         return {
             "features": features,
@@ -319,10 +318,13 @@ class DistillationModule(pl.LightningModule):
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Features of the student with the keys they belong to."""
+        """Summaries of the student with the keys they belong to.
+
+        Without the patches: Lightning keeps all predictions until the end.
+        """
         features = self(batch.views[0])
         return {
-            "features": features,
+            "features": TokenFeatures(summary=features.summary, logits=features.logits),
             "labels": batch.labels,
             "positions": batch.positions,
             "keys": batch.keys,
@@ -330,15 +332,25 @@ class DistillationModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Tell the normalisers how long the run is (UNIC's momentum follows a cosine over it)."""
-        epochs, per_epoch = self.trainer.max_epochs, self.trainer.num_training_batches
-        total = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        if epochs and epochs > 0 and math.isfinite(float(per_epoch)) and float(per_epoch) > 0:
-            by_epochs = epochs * int(per_epoch)
-            accumulated = self.trainer.accumulate_grad_batches
-            total = by_epochs if total is None else min(total * accumulated, by_epochs)
-        for name in self.teacher_names:
-            if total is not None:
-                self.normalizer(name).set_total_steps(total)
+        accumulated = self.trainer.accumulate_grad_batches
+        batches = float(self.trainer.estimated_stepping_batches) * accumulated
+        epochs = self.trainer.max_epochs
+        if epochs is not None and epochs > 0:  # exact where accumulation does not divide an epoch
+            batches = min(batches, epochs * float(self.trainer.num_training_batches))
+        if math.isfinite(batches):
+            views = getattr(getattr(self.trainer, "datamodule", None), "train_views", [None])
+            for name in self.teacher_names:
+                self.normalizer(name).set_total_steps(max(int(batches) * len(views), 1))
+
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy`` (FSDP2), shard whatever is trained, and its average."""
+        if self.device_mesh is None:
+            return
+        parts = [self.student, self.ladder, self.balancer, *self.losses.values()]
+        parts += self.terms.values()
+        if self.average is not None:
+            parts.append(self.average.student)
+        shard_modules(parts, self.device_mesh)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note who taught, under which licence: an export must say so. Their weights stay out."""
@@ -362,6 +374,9 @@ class DistillationModule(pl.LightningModule):
         groups = parameter_groups(trained)
         factory = self.optimizer_factory or default_optimizer
         optimizer = factory(groups)
+        if self.average is not None:
+            # Here, not in a hook after the batch: a checkpoint may be written between the two.
+            optimizer.register_step_post_hook(self._move_average)
         scale_learning_rate(optimizer, self._global_batch(), self.lr_batch)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(float(total)):
@@ -369,12 +384,18 @@ class DistillationModule(pl.LightningModule):
                 "the learning rate follows the length of the run, which is unbounded here: "
                 "set trainer.max_epochs or trainer.max_steps"
             )
+        if not math.isfinite(float(self.trainer.num_training_batches)):
+            self.trainer.fit_loop.setup_data()  # with max_steps alone nobody has asked yet
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         scheduler = self.schedule.build(optimizer, int(total), per_epoch)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
+
+    def _move_average(self, *_: Any) -> None:
+        if self.average is not None:
+            self.average.update(self.student)
 
     def _global_batch(self) -> int:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -391,19 +412,9 @@ class DistillationModule(pl.LightningModule):
 
     def _log_step(self, record: StepRecord, batch_size: int) -> None:
         """Log every term, weight, share and norm as device tensors: no synchronisation here."""
-        per_teacher = record.losses.mean(dim=1)
-        kept = record.keep.mean(dim=1)
         self.log("train/loss", record.total, prog_bar=True, batch_size=batch_size)
-        values: dict[str, Tensor] = {}
-        for index, name in enumerate(record.names):
-            values[f"train/loss/{name}"] = per_teacher[index]
-            values[f"train/kept/{name}"] = kept[index]
-            values[f"train/weight/{name}"] = record.lambdas[index]
-        for name, term in record.terms.items():
-            values[f"train/term/{name}"] = term.mean()
-        for name, norm in record.norms.items():
-            values[f"train/norm/{name}"] = norm
-        self.log_dict(values, batch_size=batch_size)
+        self.log_dict(record.values(), batch_size=batch_size)
+        per_teacher = record.losses.mean(dim=1)
         means = {f"epoch/loss/{name}": per_teacher[i] for i, name in enumerate(record.names)}
         means["epoch/loss"] = record.total
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
@@ -441,13 +452,35 @@ def on_grid(features: TokenFeatures, grid: Grid | None) -> TokenFeatures:
     )
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Euclidean norm of the gradients at hand, as a device scalar."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    norm: Tensor = torch.nn.utils.get_total_norm(gradients)
-    return norm
+def projected_widths(name: str, widths: Widths, loss: DistillationLoss) -> Widths:
+    """The widths that a teacher's projectors need: of the token types that its loss reads.
+
+    Raises:
+        ValueError: the loss reads nothing that the teacher has.
+    """
+    read = Widths(
+        *(w if t in loss.tokens else None for t, w in zip(TOKEN_TYPES, widths, strict=True))
+    )
+    if read == Widths(None, None):
+        raise ValueError(
+            f"the loss of teacher {name!r} reads only {' and '.join(loss.tokens)}, which that "
+            "teacher does not have: give it another one in model.teacher_losses"
+        )
+    return read
+
+
+def tokens_read(ladder: Ladder, widths: Iterable[Widths]) -> set[TokenType]:
+    """The token types of the student's rungs that the ladder reads."""
+    if not all(
+        isinstance(m, TokenwiseProjector) for m in ladder.modules() if isinstance(m, Projector)
+    ):
+        return set(TOKEN_TYPES)  # other kinds may mix them
+    return {t for w in widths for t, width in zip(TOKEN_TYPES, w, strict=True) if width is not None}
+
+
+def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of the chosen ones of ``(B,)``; 0 of none."""
+    return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp(min=1)
 
 
 def check_names(teachers: Mapping[str, Teacher]) -> None:
@@ -463,12 +496,3 @@ def check_names(teachers: Mapping[str, Teacher]) -> None:
                 f"teacher name {name!r} must consist of letters, digits, '_' and '-' and begin "
                 "with a letter: it becomes part of log and file names"
             )
-
-
-def _norm(*tensors: Tensor | None) -> Tensor:
-    """Mean norm of the vectors of the first tensor that is there."""
-    for tensor in tensors:
-        if tensor is not None:
-            norm: Tensor = tensor.detach().float().norm(dim=-1).mean()
-            return norm
-    return torch.zeros(())

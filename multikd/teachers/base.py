@@ -103,7 +103,8 @@ class Teacher(nn.Module):
         # Past nn.Module's registration, on purpose (see the module's docstring).
         object.__setattr__(self, "_encoder", module)
         if (fold is None and own) or fold:
-            if any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
+            norms = any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+            if norms and not any(p.is_meta for p in module.parameters()):
                 self._digest = weight_digest(module)  # of the weights as they were given
             fold_batch_norms(module, self.spec.image_size)
             module.requires_grad_(False)

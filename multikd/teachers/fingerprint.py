@@ -13,7 +13,12 @@ def weight_digest(encoder: nn.Module) -> str:
 
     Values are rounded to bfloat16, the coarsest form a teacher's weights usually take, so that the
     float32 copy on a CPU and the bfloat16 one on a GPU have the same digest.
+
+    Raises:
+        ValueError: the encoder is on the meta device.
     """
+    if any(tensor.is_meta for tensor in encoder.parameters()):
+        raise ValueError("an encoder on the meta device has no weights to take a fingerprint of")
     digest = hashlib.sha256(str(getattr(encoder, "variant", "")).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         value = tensor.detach()

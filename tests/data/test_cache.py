@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +207,24 @@ def test_a_reader_may_travel_to_a_worker(tmp_path: Path) -> None:
 def test_no_cache_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         FeatureCache(tmp_path, SOURCE)
+
+
+def test_a_disk_without_the_room_is_refused_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(writer(tmp_path / "made"), np.arange(4))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ValueError, match=r"needs .* GB more and the disk has 0\.0 GB"):
+        writer(tmp_path / "new")
+    assert not (tmp_path / "new" / "meta.json").exists()
+
+
+def test_processes_of_equal_number_on_two_machines_do_not_collide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # containers count alike
+    with ThreadPoolExecutor(8) as pool:
+        for made in pool.map(lambda _: writer(tmp_path), range(32)):
+            assert sorted(made.records) == ["a", "b/c"]
+    assert [path.name for path in tmp_path.iterdir() if "meta" in path.name] == ["meta.json"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from shard_maker import make_shards
 
 from multikd.data.cache import CacheSource
@@ -13,7 +14,7 @@ from multikd.data.dataset import NEIGHBOURS, RecordedDataset, SampleReader, Shar
 from multikd.data.faults import FaultCounter
 from multikd.data.order import EpochOrder
 from multikd.data.sources import ShardSource
-from multikd.data.views import EvalViews, LightViews, ViewPolicy
+from multikd.data.views import EvalViews, LightViews, Parameters, ViewPolicy
 
 LENGTHS = [1, 30, 5, 14]
 
@@ -42,7 +43,7 @@ def test_a_batch_is_whole_and_right(tmp_path: Path) -> None:
     assert set(batch.recorded.tolist()) == {-1}
     assert not batch.faults
     # What each view is a function of: recorded parameters and the image.
-    image = shards.reader.read(0, int(batch.samples[4]))[0].image
+    image = shards.reader.read(0, int(batch.samples[4]), lambda sample: None)[0].image
     again = shards.policies[0].apply(image, batch.view_parameters[4, 0].numpy())
     assert torch.equal(again, batch.views[0][4])
 
@@ -88,6 +89,40 @@ def test_too_many_faults_in_a_row_stop(tmp_path: Path) -> None:
     small = dataset(make_shards(tmp_path / "b", [3], broken=range(3)), shuffle=False)
     with pytest.raises(ValueError, match="nor any of the 2 after it"):
         small[0, 0]
+
+
+def test_a_lost_shard_costs_its_samples_not_the_run(tmp_path: Path) -> None:
+    urls = make_shards(tmp_path, [5, 40, 3])
+    shards = dataset(urls, shuffle=False)
+    Path(urls[1]).unlink()
+    batch = shards.__getitems__([(0, position) for position in range(48)])
+    assert len(batch.faults) == 40
+    assert {fault.cause for fault in batch.faults} == {"unreadable"}
+    # The stand-ins are spread over the next shard.
+    assert batch.keys[5:45] == [f"s-{45 + offset % 3}" for offset in range(40)]
+
+
+class Failing(LightViews):
+    """Fails on some images."""
+
+    def apply(self, image: Image.Image, parameters: Parameters) -> torch.Tensor:
+        if image.getpixel((0, 0))[0] % 4 == 0:  # type: ignore[index]
+            raise RuntimeError("boom")
+        return super().apply(image, parameters)
+
+
+def test_a_view_that_fails_costs_only_its_sample(tmp_path: Path) -> None:
+    urls = make_shards(tmp_path, LENGTHS)
+    places = [(0, position) for position in range(50)]
+    expected = dataset(urls, [EvalViews(28), LightViews(32)]).__getitems__(places)
+    batch = dataset(urls, [EvalViews(28), Failing(32)]).__getitems__(places)
+    lost = [row for row in range(50) if expected.views[0][row, 0, 0, 0] % 4 == 0]
+    assert 0 < len(lost) < 25
+    assert [fault.key for fault in batch.faults] == [expected.keys[row] for row in lost]
+    assert {(f.cause, f.detail) for f in batch.faults} == {("augmentation", "RuntimeError: boom")}
+    for row in set(range(50)) - set(lost):
+        assert torch.equal(batch.views[1][row], expected.views[1][row])
+    assert all(len(view) == 50 for view in batch.views)  # no half of a sample stays behind
 
 
 def test_filler_is_marked_and_never_counts(tmp_path: Path) -> None:
@@ -140,7 +175,7 @@ def test_images_kept_in_memory_are_the_same(tmp_path: Path) -> None:
 
 
 def test_fault_counter_stops_past_its_rate(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = dataset(make_shards(tmp_path, [40], broken=[1, 5, 9]), shuffle=False)
     batch = shards.__getitems__([(0, position) for position in range(40)])
@@ -153,5 +188,10 @@ def test_fault_counter_stops_past_its_rate(
     assert [record.args[-1] for record in caplog.records] == [1, 10]  # type: ignore[index]
     with pytest.raises(ValueError, match="max_fault_rate=0"):
         FaultCounter(0).add(batch)
+    # One rank that stopped alone would leave the others waiting: DataFaults judges over all.
+    monkeypatch.setattr("multikd.data.faults.world_size", lambda: 2)
+    together = FaultCounter(0)
+    together.add(batch)
+    assert together.causes == {"undecodable": 3}
     with pytest.raises(ValueError, match="must be in 0"):
         FaultCounter(1.5)

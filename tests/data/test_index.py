@@ -261,3 +261,16 @@ def test_bytes_are_reproducible_and_complete(tmp_path: Path) -> None:
     again = ShardIndex.from_bytes(data)
     assert again.to_bytes() == data
     assert again.members(2) == index.members(2)
+
+
+def test_a_header_that_leads_backwards_ends_the_walk(tmp_path: Path) -> None:
+    # Python before 3.11.14 and 3.12.12 follows a negative size backwards, for ever.
+    def header(name: str, size: int) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    path = tmp_path / "x.tar"
+    path.write_bytes(header("a.jpg", 10) + bytes(512) + header("b.jpg", -512) + bytes(2048))
+    with pytest.raises(ValueError, match="leads backwards|truncated"):
+        read_index(path)

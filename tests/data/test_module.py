@@ -69,6 +69,19 @@ def test_the_order_is_the_same_for_ranks_and_workers(urls: list[str]) -> None:
     assert sequence(urls, 1, 0, 1) != expected
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_torchs_own_random_numbers_alone(urls: list[str], workers: int) -> None:
+    # They are the student's dropout and drop path: the number of workers must not show there.
+    module = data(urls, num_workers=workers)
+    loader = module.train_dataloader()
+    before = torch.get_rng_state()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        assert sum(1 for _ in loader) == 22
+        assert torch.equal(torch.get_rng_state(), before)
+    module.teardown()
+
+
 def test_persistent_workers_see_the_new_epoch(urls: list[str]) -> None:
     module = data(urls, num_workers=1)
     loader = module.train_dataloader()

@@ -107,6 +107,11 @@ def test_unshuffled_is_file_order() -> None:
     assert found.shard.tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0]
     assert found.sample.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
     assert order.shards_ahead(0, 3) == [[0, 1], [0]]
+    several = EpochOrder([[5], [4, 4], [6]], shuffle=False)
+    assert several.shards_ahead(0, 0) == [[0], [0, 1], []]  # not what is far away
+    assert several.shards_ahead(0, 9) == [[], [0, 1], [0]]  # nor what is over
+    assert several.shards_ahead(0, 18) == [[], [], [0]]
+    assert EpochOrder([[5], [5]], weights=[1, 1e-9]).shards_ahead(0, 0) == [[0], []]
 
 
 @pytest.mark.parametrize(

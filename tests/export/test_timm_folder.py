@@ -179,6 +179,9 @@ def test_manifest_and_card(students, exports):
         "name": "timm:dino",
         "licence": "Apache-2.0",
         "source": "hub",
+        "called": "",
+        "link": "",
+        "revision": "",
     }
     assert manifest["teachers"][1]["licence"] == "unknown"
     assert manifest["scores"] == {"k-NN": 0.5}
@@ -191,7 +194,7 @@ def test_manifest_and_card(students, exports):
     assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
     card = (exports["vit"] / "README.md").read_text()
     assert "pretrained=True" in card
-    assert "| timm:dino | Apache-2.0 | hub |" in card
+    assert "| timm:dino | Apache-2.0 | hub | – |" in card
     assert "own\\|one" in card
     assert "| k-NN | 50.0 % |" in card
     for text in ("apache-2.0", "digits", "multikd fit --config mine", "a note"):

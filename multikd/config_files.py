@@ -1,0 +1,148 @@
+"""Config files and fragments, resolved before the Lightning CLI sees them.
+
+``--config laptop`` finds a shipped config. A *fragment* is a file with one teacher or student
+(``class_path`` and ``init_args``); it is named where the object would stand, in a config
+(``dino: teachers/dino_vitb16.yaml``) or on the command line
+(``--model.teachers.dino=teachers/dino_vitb16.yaml``), looked for beside the config (in the working
+directory), then among the shipped ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from multikd.shipped import find_config, find_fragment
+
+_MOST_NESTED = 8
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as jsonargparse reads it: ``1e-4`` is a number, dates stay text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if not tag.endswith((":timestamp", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ValueError: not readable as text, or not YAML (line and column are named).
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: give a YAML config") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        if mark and "'\\t'" in problem:
+            problem = "a tab stands where only spaces may"
+        raise ValueError(f"{path} is no valid YAML: {problem}{where}") from error
+
+
+def inline_fragments(value: Any, folder: Path, key: str = "", depth: int = 0) -> Any:
+    """A config with the content of every fragment in place of its name.
+
+    A file is a fragment when it holds objects (``class_path``) or stands for a whole ``trainer``,
+    ``model`` or ``data`` section; the names of other YAML files are left as they are.
+
+    Raises:
+        ValueError: a fragment that is not found, or fragments that name one another in a circle.
+    """
+    if depth > _MOST_NESTED:
+        raise ValueError(f"fragments in {folder} name one another more than {_MOST_NESTED} deep")
+    if isinstance(value, dict):
+        return {k: inline_fragments(item, folder, str(k), depth) for k, item in value.items()}
+    if isinstance(value, list):
+        return [inline_fragments(item, folder, "", depth) for item in value]
+    path = find_fragment(value, folder) if isinstance(value, str) else None
+    if path is None:
+        return value
+    content = read_yaml(path)
+    if not _is_objects(content) and key not in ("trainer", "model", "data"):
+        return str(path) if (folder / value).is_file() else value
+    return inline_fragments(content, path.parent, key, depth + 1)
+
+
+def _is_objects(content: Any) -> bool:
+    if isinstance(content, list):
+        return bool(content) and all(_is_objects(item) for item in content)
+    return isinstance(content, dict) and ("class_path" in content or "init_args" in content)
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """A config by path or shipped name, complete: without references to other files.
+
+    Raises:
+        ValueError: it is not found, or not readable.
+    """
+    path = find_config(name)
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not content:
+        what = "is empty" if not content else f"holds a {type(content).__name__}"
+        raise ValueError(f"{path} {what}: expected sections such as trainer, model and data")
+    loaded: dict[str, Any] = inline_fragments(content, path.parent)
+    return loaded
+
+
+def resolve_configs(args: Sequence[str]) -> list[str]:
+    """Command-line arguments with configs and fragments in place of their names.
+
+    ``--config NAME``, ``--config=NAME`` and ``-c NAME`` become the content of the config as JSON,
+    and so does a fragment behind any ``--model.…`` or ``--data.…``.
+
+    Raises:
+        ValueError: a config or fragment that is not found or not readable.
+    """
+    resolved: list[str] = []
+    pending = list(args)
+    while pending:
+        argument = pending.pop(0)
+        option, equals, value = argument.partition("=")
+        # `--key value` means the same as `--key=value`.
+        if not equals and pending and option.startswith("-") and not pending[0].startswith("-"):
+            value = pending[0]
+            separate = True
+        else:
+            separate = False
+        if option in ("--config", "-c") and (value or equals):
+            resolved.append(f"--config={json.dumps(load_config(value), default=str)}")
+        elif isinstance(content := _fragment(option, value), dict | list):
+            resolved.append(f"{option}={json.dumps(content, default=str)}")
+        else:
+            resolved.append(argument)
+            continue
+        if separate:
+            pending.pop(0)
+    return resolved
+
+
+def _fragment(option: str, value: str) -> Any:
+    """The content of the fragment that an option names; anything else is None."""
+    section, *_ = option.lstrip("-").partition(".")
+    if section not in ("trainer", "model", "data") or not option.startswith("--"):
+        return None
+    path = find_fragment(value)
+    if path is None:
+        return None
+    key = option.lstrip("-").rpartition(".")[2]
+    return inline_fragments(str(path.resolve()), path.parent, key)

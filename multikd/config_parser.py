@@ -1,0 +1,81 @@
+"""The parser of typed configs, and how objects are built from them: errors in one sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from multikd.config_errors import condense
+
+# Their messages name what they are about; those of other classes get the class's name before them.
+_NAME_THEMSELVES = ("DistillationModule", "ShardDataModule", "Teacher", "StudentEncoder")
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config, in one sentence."""
+
+
+class Unbuildable(BaseException):
+    """Carries a constructor's exception out of jsonargparse.
+
+    jsonargparse takes any ``Exception`` of a constructor for "this branch of the union does not
+    fit", tries the others, and reports them all. This one it lets pass.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def construct(class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a constructor for jsonargparse; what it raises is raised as it is."""
+    try:
+        return class_type(*args, **kwargs)
+    except Exception as error:
+        name = getattr(class_type, "__name__", str(class_type))
+        plain = isinstance(error, ValueError | TypeError | ImportError)
+        if not plain or name in _NAME_THEMSELVES:
+            raise Unbuildable(error) from error
+        sentence = ConfigError(f"{name}: {' '.join(str(error).split())}")
+        raise Unbuildable(sentence) from error
+
+
+class ConfigParser(LightningArgumentParser):
+    """A parser whose complaint about a config is one sentence, raised as a ValueError."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What an abbreviation stands for changes with every setting that is added.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong, with the nearest right name."""
+        if not self.exit_on_error:
+            # The parser of a class inside the config: the outermost one will speak.
+            super().error(message, ex)
+        said = _already_said(ex)
+        if said is not None:
+            raise said from None
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]
+        sentence = condense(message, options)
+        command = getattr(parser, "subcommand", "fit")
+        if sentence.endswith("not given") and "model." in sentence:
+            sentence += f": start from a config, `multikd {command} --config laptop`"
+        elif re.search("unknown setting|has no setting|not given", sentence) and (
+            "did you mean" not in sentence
+        ):
+            sentence += f" (`multikd {command} --help` lists every setting)"
+        raise ConfigError(sentence) from None
+
+
+def _already_said(error: BaseException | None) -> ConfigError | None:
+    """The sentence that a parser within this one has already made of it."""
+    while error is not None:
+        if isinstance(error, ConfigError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,277 @@
+"""A distilled student and its teachers' heads, in plain PyTorch and timm.
+
+This file is complete: it imports torch, timm and safetensors alone, and works on the folder that
+it lies in. ``multikd.load`` runs the same code. Weights are read from safetensors; nothing is
+unpickled.
+
+    import student_heads
+    student = student_heads.load()            # the folder of this file
+    images = student.preprocess(pil_image)    # (1, 3, H, W) in [0, 1]
+    features = student.encode(images)         # .summary (B, D), .patches (B, N, D), .grid
+    dino = student.head("dino")(images)       # the same in the feature space of that teacher
+
+Shapes: B images, N = h·w patches in row-major order, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+from torch.nn import functional
+
+CONFIG, WEIGHTS = "heads.json", "heads.safetensors"
+
+
+class Features(NamedTuple):
+    """Of a batch: ``summary (B, D_s)``, ``patches (B, N, D_p)`` on ``grid (h, w)``."""
+
+    summary: Tensor | None
+    patches: Tensor | None
+    grid: tuple[int, int] | None
+
+
+def load(folder: str | Path | None = None) -> Student:
+    """The student of an exported folder (default: the one that holds this file), in eval mode.
+
+    Raises:
+        ValueError: not such a folder.
+    """
+    place = Path(__file__).parent if folder is None else Path(folder)
+    if not (place / "config.json").is_file():
+        raise ValueError(f"{place} is no exported student: it has no config.json")
+    encoder = timm.create_model(f"local-dir:{place}", pretrained=True)
+    about = json.loads((place / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    heads: dict[str, Any] = {"rungs": None, "heads": {}}
+    if (place / CONFIG).is_file():
+        heads = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+    student = Student(encoder, about["mean"], about["std"], heads)
+    if heads["heads"]:
+        student.heads.load_state_dict(load_file(place / WEIGHTS))
+    return student.eval()
+
+
+class Student(nn.Module):
+    """A timm encoder with heads that predict its teachers' features, in their own spaces.
+
+    Images are float ``(B, 3, H, W)`` in [0, 1] throughout; mean and std are applied inside.
+
+    Args:
+        encoder: the timm model.
+        mean: of the input.
+        std: of the input.
+        about: the content of ``heads.json``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, encoder: nn.Module, mean: list[float], std: list[float], about: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.about = about
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.heads = nn.ModuleDict({n: _Ladder(h) for n, h in about["heads"].items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The teachers whose heads are here."""
+        return tuple(self.heads)
+
+    def preprocess(self, images: Any) -> Tensor:
+        """PIL image(s) → ``(B, 3, H, W)`` in [0, 1], resized and cropped to the student's size."""
+        settings = resolve_model_data_config(self.encoder)
+        plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        transform = create_transform(**(settings | plain))
+        several = images if isinstance(images, (list, tuple)) else [images]
+        batch = torch.stack([transform(image.convert("RGB")) for image in several])
+        return batch.to(self.mean.device)
+
+    def encode(self, images: Tensor) -> Features:
+        """Final features; ``summary`` is what the timm model returns without a classifier."""
+        pixels = self._normalize(images)
+        return _final(self.encoder, self.encoder.forward_features(pixels), pixels)  # type: ignore[operator]
+
+    def head(self, name: str) -> Callable[[Tensor], Features]:
+        """The head of one teacher: images → features in that teacher's space.
+
+        Raises:
+            ValueError: there is no such head.
+        """
+        self._check([name])
+        return lambda images: self([name], images)[name]
+
+    def forward(self, names: Collection[str], images: Tensor) -> dict[str, Features]:
+        """Several heads from one pass of the encoder."""
+        self._check(names)
+        pixels = self._normalize(images)
+        rungs = self._rungs(pixels)
+        return {n: cast(Features, self.heads[n](rungs, _size(pixels))) for n in names}
+
+    def _check(self, names: Collection[str]) -> None:
+        for name in names:
+            if name not in self.heads:
+                known = ", ".join(self.names) or "none"
+                raise ValueError(f"this student has no head {name!r}: its heads are {known}")
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                "a student needs float images (B, 3, H, W) in [0, 1], received "
+                f"{tuple(images.shape)} {images.dtype}"
+            )
+        dtype = next((p.dtype for p in self.encoder.parameters()), images.dtype)
+        return ((images.float() - self.mean) / self.std).to(dtype)
+
+    def _rungs(self, pixels: Tensor) -> list[Features]:
+        plan = self.about["rungs"]
+        options = {"return_prefix_tokens": True} if plan["tokens"] else {}
+        final, outputs = self.encoder.forward_intermediates(  # type: ignore[operator]
+            pixels, indices=plan["indices"], **options
+        )
+        rungs = []
+        for output in outputs:
+            grid, prefix = output if isinstance(output, tuple) else (output, None)
+            patches = grid.flatten(2).transpose(1, 2)
+            use_class = plan["class_summary"] and prefix is not None
+            summary = prefix[:, 0] if use_class else patches.mean(dim=1)
+            rungs.append(Features(summary, patches, (grid.shape[2], grid.shape[3])))
+        if plan["last_is_final"]:
+            rungs[-1] = _final(self.encoder, final, pixels)
+        return rungs
+
+
+class _Ladder(nn.Module):
+    """One teacher's projectors, summed over rungs; their last layers answer in its space."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        super().__init__()
+        self.stride = about["stride"]
+        self.projectors = nn.ModuleDict({r: _Projector(p) for r, p in about["rungs"].items()})
+
+    def forward(self, rungs: list[Features], size: tuple[int, int]) -> Features:
+        grid = None
+        if self.stride is not None:
+            grid = (
+                max(1, round(size[0] / self.stride[0])),
+                max(1, round(size[1] / self.stride[1])),
+            )
+        parts = [p(_resample(rungs[int(r)], grid)) for r, p in self.projectors.items()]
+        total = cast(Features, parts[0])
+        for part in parts[1:]:
+            summary = _add(total.summary, part.summary)
+            total = Features(summary, _add(total.patches, part.patches), part.grid)
+        return total if total.patches is not None else total._replace(grid=None)
+
+
+class _Projector(nn.Module):
+    """Layers of one rung, as ``heads.json`` lists them."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        super().__init__()
+        blocks = about.get("blocks")
+        self.blocks = None if blocks is None else nn.Sequential(*[_block(b) for b in blocks])
+        self.summary = _layers(about["summary"])
+        self.patches = _layers(about["patches"])
+
+    def forward(self, features: Features) -> Features:
+        dtype = next(self.parameters()).dtype
+        summary, patches = (None if t is None else t.to(dtype) for t in features[:2])
+        if summary is None:
+            raise ValueError("a head needs a summary of every rung")
+        if self.blocks is not None:
+            parts = [summary.unsqueeze(1)] + ([] if patches is None else [patches])
+            mixed = self.blocks(torch.cat(parts, dim=1))
+            summary, patches = mixed[:, 0], None if patches is None else mixed[:, 1:]
+        return Features(
+            None if self.summary is None else self.summary(summary),
+            None if self.patches is None or patches is None else self.patches(patches),
+            features.grid,
+        )
+
+
+def _layers(about: list[dict[str, Any]] | None) -> nn.Sequential | None:
+    if about is None:
+        return None
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "linear": nn.Linear,
+        "layer_norm": nn.LayerNorm,
+        "gelu": nn.GELU,
+        "relu": nn.ReLU,
+        "silu": nn.SiLU,
+    }
+    made = []
+    for layer in about:
+        settings = {key: value for key, value in layer.items() if key != "kind"}
+        made.append(kinds[layer["kind"]](**settings))
+    return nn.Sequential(*made)
+
+
+def _block(about: dict[str, Any]) -> nn.Module:
+    from timm.models.vision_transformer import Block
+
+    norm = partial(nn.LayerNorm, eps=about["eps"])
+    settings = {key: value for key, value in about.items() if key != "eps"}
+    block: nn.Module = Block(**settings, norm_layer=norm)  # type: ignore[arg-type]
+    return block
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return (images.shape[-2], images.shape[-1])
+
+
+def _resample(features: Features, grid: tuple[int, int] | None) -> Features:
+    """Patches on ``grid``: bilinear, antialiased when shrinking."""
+    if features.patches is None or features.grid is None or grid in (None, features.grid):
+        return features
+    h, w = features.grid
+    maps = features.patches.float().reshape(len(features.patches), h, w, -1).permute(0, 3, 1, 2)
+    shrinks = grid[0] < h or grid[1] < w
+    maps = functional.interpolate(
+        maps, size=grid, mode="bilinear", align_corners=False, antialias=shrinks
+    )
+    return Features(features.summary, maps.permute(0, 2, 3, 1).flatten(1, 2), grid)
+
+
+def _final(model: nn.Module, final: Tensor, images: Tensor) -> Features:
+    summary = model.forward_head(final, pre_logits=True)  # type: ignore[operator]
+    if summary.ndim != 2:  # exported without pooling
+        summary = None
+    if final.ndim == 4:
+        last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+        maps = final if last else final.permute(0, 2, 3, 1)
+        return Features(summary, maps.flatten(1, 2), (maps.shape[1], maps.shape[2]))
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if prefix is None:
+        prefix = 1 if getattr(model, "global_pool", None) == "token" else 0
+    patches = final[:, prefix:]
+    return Features(summary, patches, _token_grid(model, patches.shape[1], _size(images)))
+
+
+def _token_grid(model: nn.Module, count: int, size: tuple[int, int]) -> tuple[int, int]:
+    size_of = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
+    if size_of is not None:
+        h, w = size_of(size)
+        if h * w == count:
+            return (int(h), int(w))
+    aspect = math.log(size[0] / size[1])
+    divisors = [h for h in range(1, count + 1) if count % h == 0]
+    h = min(divisors, key=lambda d: abs(math.log(d * d / count) - aspect))
+    return (h, count // h)

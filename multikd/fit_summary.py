@@ -1,0 +1,55 @@
+"""What a command says when Lightning is done: figures, files, and what comes next."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from multikd.preflight import checkpoint_folders, shown
+
+
+def figures_of(trainer: pl.Trainer, seconds: float) -> dict[str, Any]:
+    """The last value of everything logged, epochs, steps, seconds, files; as JSON values."""
+    metrics = {
+        name: float(value)
+        for name, value in sorted(trainer.callback_metrics.items())
+        if math.isfinite(float(value))
+    }
+    return {
+        "metrics": metrics,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seconds": seconds,
+        "checkpoint": checkpoint_of(trainer),
+        "logs": [shown(Path(logger.log_dir)) for logger in trainer.loggers if logger.log_dir],
+    }
+
+
+def checkpoint_of(trainer: pl.Trainer) -> str | None:
+    """The run's newest checkpoint."""
+    written = [path for folder in checkpoint_folders(trainer) for path in folder.glob("*.ckpt")]
+    last = [path for path in written if path.name == "last.ckpt"]
+    newest = max(last or written, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else shown(newest)
+
+
+def fit_text(figures: dict[str, Any]) -> str:
+    """A few lines for the end of ``multikd fit``."""
+    metrics = figures["metrics"]
+    said = [f"{name} {metrics[name]:.4g}" for name in ("epoch/loss", "val/knn") if name in metrics]
+    minutes, seconds = divmod(round(figures["seconds"]), 60)
+    lines = [
+        f"trained  {figures['epochs']} epochs, {figures['steps']} steps in {minutes}:{seconds:02d}"
+        + (f" ({', '.join(said)})" if said else "")
+    ]
+    if figures["logs"]:
+        lines.append(f"logs     {', '.join(figures['logs'])}")
+    if figures["checkpoint"]:
+        lines += [
+            f"saved    {figures['checkpoint']}",
+            f"next     multikd export {figures['checkpoint']} my-student/",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,192 @@
+"""What can be known to fail, or to destroy something, before training: said before training."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from multikd.checkpoints import read_config
+from multikd.data.module import ShardDataModule
+from multikd.modules.distillation import DistillationModule
+
+log = logging.getLogger(__name__)
+
+# Lightning's own words for checkpoints that it finds by itself.
+CKPT_WORDS = ("last", "best", "hpc")
+
+
+def check_output(folder: Path) -> None:
+    """Make the output folder, or say why it can't be.
+
+    Raises:
+        ValueError: it is a file, or can't be made or written to.
+    """
+    remedy = "give another --trainer.default_root_dir"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"the output folder {folder} is, or lies in, a file: {remedy}") from error
+    except OSError as error:
+        raise ValueError(
+            f"the output folder {folder} can't be made ({error.strerror}): {remedy}"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"the output folder {folder} can't be written to: {remedy}")
+
+
+def check_earlier_run(trainer: pl.Trainer) -> None:
+    """Refuse a new run whose checkpoints would mix with those of an earlier one.
+
+    Lightning would write ``last-v1.ckpt`` beside ``last.ckpt``, and the next command would read
+    the wrong one. A run that SLURM requeued goes on from Lightning's own ``hpc_ckpt``.
+
+    Raises:
+        ValueError: there are checkpoints where the run would write its own.
+    """
+    requeued = any(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
+    if trainer.global_rank != 0 or requeued or getattr(trainer, "fast_dev_run", False):
+        return
+    for folder in checkpoint_folders(trainer):
+        found = sorted(path.name for path in folder.glob("*.ckpt"))
+        if found:
+            name = "last.ckpt" if "last.ckpt" in found else found[0]
+            raise ValueError(
+                f"{shown(folder)} holds an earlier run ({name}): add --ckpt_path=last to go on "
+                "with it, or --trainer.default_root_dir=FOLDER for a new one"
+            )
+
+
+def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
+    """Where the run's checkpoints go."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return list(dict.fromkeys(Path(c.dirpath) for c in callbacks if c.dirpath is not None))
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def check_images(module: DistillationModule, data: ShardDataModule) -> None:
+    """Refuse image sizes that student or teachers can't take, without running any of them.
+
+    Raises:
+        ValueError: names the teacher, or the student, and the size.
+    """
+    student = module.student
+    for size in sorted({policy.size for policy in [*data.train_views, data.eval_views]}):
+        student.grids((size, size))
+        for name in module.teacher_names:
+            try:
+                module.teacher(name).grid_for((size, size), student.spec.patch_size)
+            except ValueError as error:
+                raise ValueError(f"teacher {name!r} on views of {size} px: {error}") from error
+    view = data.train_views[0].size
+    if (view, view) != student.spec.image_size:
+        log.warning(
+            "the training views have %d px and the student is built for %d px: is "
+            "model.student.image_size meant to be %d?",
+            view,
+            student.spec.image_size[0],
+            view,
+        )
+
+
+def check_monitors(trainer: pl.Trainer, data: ShardDataModule) -> None:
+    """Refuse a watched ``val/…`` value that no validation set will give.
+
+    Raises:
+        ValueError: the callback and what is missing; Lightning would find out after an epoch.
+    """
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or not monitor.startswith("val/"):
+            continue
+        needed = ["val", "bank"] if monitor == "val/knn" else ["val"]
+        missing = [role for role in needed if not data.has(role)]
+        if missing:
+            raise ValueError(
+                f"{type(callback).__name__} watches {monitor}, which needs "
+                f"{' and '.join('data.' + role for role in missing)}: give shards for it, or set "
+                "the callback's monitor to null"
+            )
+
+
+def check_checkpoint(
+    path: Path,
+    checkpoint: dict[str, Any],
+    module: pl.LightningModule,
+    config: dict[str, Any],
+    resuming: bool,
+) -> None:
+    """Refuse a checkpoint that this config can't go on from.
+
+    Raises:
+        ValueError: it is not ours, or of another config; names what differs.
+    """
+    if not isinstance(module, DistillationModule):
+        return
+    kept = read_config(checkpoint, path)
+    changed = list(differences(kept, config))
+    problem = _another_teacher(checkpoint, module) or _other_tensors(checkpoint, module)
+    if problem:
+        said = [d for d in changed if d.startswith("model.")]
+        raise ValueError(
+            f"{path} is of another config: {'; '.join(said[:3]) or problem}; give the config it "
+            "was made with, or start a student from its weights with "
+            f"--model.student.checkpoint={path}"
+        )
+    if changed and resuming:
+        log.warning("settings that differ from the checkpoint's: %s", "; ".join(changed))
+
+
+def _another_teacher(checkpoint: dict[str, Any], module: DistillationModule) -> str | None:
+    kept = checkpoint.get("teachers")
+    if not isinstance(kept, dict):
+        return None
+    if sorted(kept) != sorted(module.teacher_names):
+        names, here = ", ".join(sorted(kept)), ", ".join(sorted(module.teacher_names))
+        return f"its teachers are {names}, and here they are {here}"
+    for name in module.teacher_names:
+        if kept[name].get("fingerprint") != module.teacher(name).fingerprint():
+            return f"its teacher {name!r} has other weights or another input"
+    return None
+
+
+def _other_tensors(checkpoint: dict[str, Any], module: DistillationModule) -> str | None:
+    kept, own = checkpoint["state_dict"], module.state_dict()
+    for key in [*own, *kept]:
+        if key not in kept:
+            return f"it lacks {key}"
+        if key not in own:
+            return f"its {key} has no place here"
+        if kept[key].shape != own[key].shape:
+            return f"its {key} is {tuple(kept[key].shape)} and here it is {tuple(own[key].shape)}"
+    return None
+
+
+def differences(kept: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
+    """``key: kept → now`` of every setting of model and data that is not the same."""
+    for section in ("model", "data"):
+        old, new = (dict(_leaves(part.get(section), (section,))) for part in (kept, config))
+        for key in [*old, *(k for k in new if k not in old)]:
+            if old.get(key) != new.get(key):
+                yield f"{key}: {old.get(key)} → {new.get(key)}"
+
+
+def _leaves(value: Any, path: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, path if key == "init_args" else (*path, str(key)))
+    else:
+        yield ".".join(path), value

@@ -1,0 +1,62 @@
+"""A small http server of a folder, for tests of remote shards."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import time
+from pathlib import Path
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder, counts requests, and misbehaves on demand."""
+
+    daemon_threads = True
+    root: Path
+    requests: list[tuple[str, str]]  # path, Range header
+    failures: dict[str, list[int | str]]  # path → what to do first: a status, or "cut" or "hang"
+    ranges: bool = True
+    etag: str = '"1"'
+    authorization: str = ""  # of the last request
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def count(self, path: str) -> int:
+        return sum(request[0] == path for request in self.requests)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        header = self.headers.get("Range", "")
+        self.server.requests.append((path, header))
+        self.server.authorization = self.headers.get("Authorization", "")
+        todo = self.server.failures.get(path) or [200]
+        act = todo.pop(0)
+        file = self.server.root / path.lstrip("/")
+        if act == "hang":
+            time.sleep(1.0)
+            return
+        if not file.is_file():
+            act = 404
+        if isinstance(act, int) and act != 200:
+            self.send_error(act)
+            return
+        data = file.read_bytes()
+        start = 0
+        match = re.match(r"bytes=(\d+)-", header)
+        if match and self.server.ranges and self.headers.get("If-Range") == self.server.etag:
+            start = int(match[1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", self.server.etag)
+        self.end_headers()
+        body = data[start:]
+        self.wfile.write(body[: len(body) // 2] if act == "cut" else body)
