@@ -78,6 +78,8 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     if not leaves:
         return _one_line(message)
     deepest = max(leaf.depth for leaf in leaves)
+    if deepest == 0 and not (_OPTION.search(message) or _REQUIRED.search(message)):
+        return _one_line(message)
     meant = [leaf for leaf in leaves if leaf.depth == deepest]
     where = ".".join(meant[0].path)
     meant = [leaf for leaf in meant if ".".join(leaf.path) == where]
@@ -267,9 +269,10 @@ def _no_attribute(leaf: _Leaf) -> str | None:
     if found:
         module, name = found.groups()
         try:
-            names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
+            members = vars(importlib.import_module(module))
         except ImportError:
-            names = []
+            members = {}
+        names = [n for n, v in members.items() if inspect.isclass(v) and not n.startswith("_")]
         close = nearest(name, names, 2)
         offer = f": did you mean {' or '.join(f'{module}.{c}' for c in close)}?" if close else ""
         return f"there is no {module}.{name}{offer}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -51,6 +53,31 @@ class ConfigParser(LightningArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Without jsonargparse's reading of values as files.
+
+        A path of a shard would be read whole at each validation, to see whether it is YAML, and an
+        address of one be downloaded. Fragments are resolved before (``config_files``).
+        """
+        added: list[str] = super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+        return added
+
+    def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As for classes."""
+        added: list[str] = super().add_function_arguments(*args, **{**kwargs, "sub_configs": False})
+        return added
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any
+    ) -> Any:
+        """Parse; the parser of a class inside the config gets its values as jsonargparse's ``str``.
+
+        A nested ``--model.student.checkpoint=null`` would otherwise arrive as the text "None".
+        """
+        if args is not None and not self.exit_on_error:
+            args = [_as_yaml(argument) for argument in args]
+        return super().parse_args(args, *rest, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong, with the nearest right name."""
         if not self.exit_on_error:
@@ -70,6 +97,19 @@ class ConfigParser(LightningArgumentParser):
         ):
             sentence += f" (`multikd {command} --help` lists every setting)"
         raise ConfigError(sentence) from None
+
+
+def _as_yaml(argument: str) -> str:
+    """``--key=VALUE`` with Python's way of writing None, lists and mappings turned into YAML's."""
+    option, equals, value = argument.partition("=")
+    if value == "None":
+        return f"{option}=null"
+    if equals and value[:1] in ("[", "{", "("):
+        try:
+            return f"{option}={json.dumps(ast.literal_eval(value), allow_nan=False)}"
+        except (ValueError, SyntaxError, TypeError):
+            return argument
+    return argument
 
 
 def _already_said(error: BaseException | None) -> ConfigError | None:

@@ -56,7 +56,7 @@ class ConfigInCheckpoint(SaveConfigCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the config as YAML text: plain strings load with ``weights_only=True``."""
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
         checkpoint[CHECKPOINT_KEY] = {"version": multikd.__version__, "config": text}
 
 
@@ -239,10 +239,18 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
 def without_known_noise() -> Iterator[None]:
     """Silence the warnings that say nothing to a user of ours; every other one is shown."""
     with warnings.catch_warnings():
-        # Lightning asks torch's pytree in a way that torch deprecates.
+        # Lightning calls jsonargparse by parameter names that are being replaced.
+        warnings.filterwarnings(
+            "ignore", r"\s*(skip_none|By default only one Jsonargparse)", DeprecationWarning
+        )
+        # It asks torch's pytree in a way that torch deprecates.
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         # Teachers and the student's average, which are never in train mode.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", UserWarning)
+        # Logs share the folder; earlier checkpoints there are refused before (preflight).
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        # A run that goes on in another folder: it keeps its own best from there on.
+        warnings.filterwarnings("ignore", "The dirpath has changed from", UserWarning)
         # A data module that was given no validation shards.
         warnings.filterwarnings(
             "ignore", "Total length of `list` across ranks is zero", UserWarning

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from multikd import __version__
-from multikd.cli import build_parser, main
+from multikd.cli import _without_json, build_parser, main
 from multikd.config_errors import condense
-from multikd.shipped import find_config, shipped_configs
+from multikd.console import messages_on_stderr, take_over_lightning
+from multikd.shipped import find_config, shipped_configs, shipped_fragments
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -65,10 +66,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["fti"])
-    assert stop.value.code == 2
-    assert "fti" in capsys.readouterr().err
+    assert main(["fti"]) == 2
+    assert capsys.readouterr().err == "multikd: unknown command 'fti': did you mean 'fit'?\n"
+
+
+def test_without_a_command_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "first steps:" in capsys.readouterr().out
 
 
 def test_python_dash_m_is_the_command() -> None:
@@ -94,13 +98,20 @@ def test_find_config_prefers_a_file(tmp_path: Path) -> None:
     mine.write_text("seed_everything: 1\n")
     assert find_config(str(mine)) == mine
     assert find_config("demo") == shipped_configs()["demo"]
-    assert find_config("configs/demo.yaml") == shipped_configs()["demo"]
+    assert find_config("laptop.yaml") == shipped_configs()["laptop"]
+    # The checkout's own folder is a path as well, from its root.
+    assert find_config("configs/demo.yaml").resolve() == shipped_configs()["demo"].resolve()
 
 
-def test_every_shipped_config_says_what_it_is() -> None:
-    for name, path in shipped_configs().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        assert first.startswith("# "), f"{name} needs a first line that says what it is"
+def test_configs_lists_recipes_and_fragments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs"]) == 0
+    recipes, fragments = capsys.readouterr().out.split("\n\n")
+    for name in shipped_configs():
+        assert f"\n  {name} " in recipes
+    for name in shipped_fragments():
+        assert f"\n  {name}.yaml " in fragments
+    assert main(["configs", "teachers/dino_vitb16.yaml"]) == 0
+    assert "timm:vit_base_patch16_224.dino" in capsys.readouterr().out
 
 
 def test_missing_checkpoint_is_one_sentence(
@@ -136,14 +147,78 @@ UNION = """Parser key "model":
 
 def test_condensed_error_names_path_class_and_nearest() -> None:
     text = condense(UNION)
-    assert text == "model.projectors: MLPProjectors has no setting 'hiden': did you mean hidden?"
+    start = "model.projectors: MLPProjectors has no setting 'hiden': did you mean hidden"
+    assert text.startswith(start)
 
 
-def test_condensed_error_of_an_unknown_option() -> None:
-    text = condense("unrecognized arguments: --modle.x=3", ["--model", "--data"])
-    assert text == "unknown option --modle.x: did you mean --model?"
+@pytest.mark.parametrize(
+    "message, known, sentence",
+    [
+        (
+            "unrecognized arguments: --modle.x=3",
+            ["--model", "--data"],
+            "unknown setting --modle: did you mean --model?",
+        ),
+        (
+            "Subcommand 'fit' does not accept option 'trainer.max_epoch'",
+            ["--trainer.max_epochs", "--trainer.max_epochs.help"],
+            "unknown setting trainer.max_epoch: did you mean trainer.max_epochs?",
+        ),
+        (
+            "Group 'trainer' does not accept option 'max_epoch'",
+            ["--trainer.max_epochs"],
+            "unknown setting trainer.max_epoch: did you mean trainer.max_epochs?",
+        ),
+        (
+            "Parser key \"data.batch_size\":\n  Expected a <class 'int'>. Got value: abc",
+            [],
+            "data.batch_size: expected a whole number, received 'abc'",
+        ),
+        # What is not known passes, on one line and not for ever.
+        ("Something\nnew:\n  of jsonargparse", [], "Something new: of jsonargparse"),
+        ("x" * 1000, [], "x" * 398 + " …"),
+    ],
+)
+def test_condensed_errors(message: str, known: list[str], sentence: str) -> None:
+    assert condense(message, known) == sentence
 
 
-def test_condensed_error_of_a_wrong_type() -> None:
-    message = "Parser key \"data.batch_size\":\n  Expected a <class 'int'>. Got value: abc"
-    assert condense(message) == "data.batch_size: expected a int. Got value: abc"
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_help_of_lightning_s_commands_begins_with_ours(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: multikd {command} ")
+    head = text[: text.index("--trainer.accelerator")]
+    assert head.count(f"\n  multikd {command} ") == (3 if command == "fit" else 1)
+    for setting in ("target_grid", "HardestKept", "shard_cache_gb", "[must be given]"):
+        assert setting in head
+
+
+def test_messages_come_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning has handlers of its own; ours is the only one while a command runs."""
+    import logging
+
+    import lightning.pytorch
+
+    own = logging.getLogger("multikd.somewhere")
+    lightnings = logging.getLogger(f"{lightning.pytorch.__name__}.utilities.rank_zero")
+    with messages_on_stderr():
+        take_over_lightning()
+        own.info("one")
+        own.warning("two")
+        lightnings.info("three")
+        lightnings.info("TPU available: False, using: 0 TPU cores")
+        lightnings.info("💡 Tip: For seamless cloud logging, try litlogger")
+        own.debug("four")
+    own.info("five")
+    assert capsys.readouterr().err == "one\nwarning: two\nthree\n"
+
+
+def test_json_of_lightning_s_commands_is_ours() -> None:
+    assert _without_json(["a", "--json", "f", "b"]) == (["a", "b"], Path("f"))
+    assert _without_json(["a", "--json=f"]) == (["a"], Path("f"))
+    assert _without_json(["a"]) == (["a"], None)

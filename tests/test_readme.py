@@ -38,7 +38,8 @@ def test_named_modules_exist(path: str) -> None:
 
 def test_named_configs_exist() -> None:
     for name in re.findall(r"--config ([a-z0-9_]+)", README):
-        assert (ROOT / "configs" / f"{name}.yaml").is_file(), f"README names config {name}"
+        if name != "mine":  # the reader's own copy
+            assert (ROOT / "configs" / f"{name}.yaml").is_file(), f"README names config {name}"
 
 
 def test_top_level_is_what_was_agreed() -> None:

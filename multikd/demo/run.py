@@ -242,9 +242,7 @@ def untrained_twin(settings: DemoSettings) -> Any:
     return cli.model.student.eval()
 
 
-def single_teacher(
-    settings: DemoSettings, out: Path, name: str, bank: Any, queries: Any
-) -> Scored:
+def single_teacher(settings: DemoSettings, out: Path, name: str, bank: Any, queries: Any) -> Scored:
     """The same run with one teacher alone (out of the same feature cache), scored the same way."""
     folder = out / "single" / name
     teacher = {
@@ -374,6 +372,7 @@ def closing_text(rows: list[Any], figures: dict[str, Any], console: Console) -> 
     return (
         f"{capture.get()}{verdict}; one standard error is about 1.1 points\n"
         f"report: {figures['report']}\n"
-        f"student: timm.create_model('local-dir:{figures['export']}', pretrained=True, num_classes=0)\n"
+        f"student: timm.create_model('local-dir:{figures['export']}', pretrained=True, "
+        "num_classes=0)\n"
         f"{figures['seconds']['total']:.0f} s in all"
     )

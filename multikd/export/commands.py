@@ -13,11 +13,12 @@ from multikd.checkpoints import CHECKPOINT_KEY, TrainedStudent, WeightChoice, lo
 from multikd.export.card import CardFacts, TeacherFacts, Written
 from multikd.export.cost import measure_cost
 from multikd.export.folder import check_target, new_folder, sha256
-from multikd.export.heads import trained_heads, write_heads
+from multikd.export.heads import write_heads
 from multikd.export.provenance import data_facts, recipe, seeds, without_secrets
 from multikd.export.sources import link_of, start_facts
 from multikd.export.standalone import CONFIG as HEADS
 from multikd.export.timm_folder import TimmOptions, write_card, write_timm
+from multikd.export.trained_heads import trained_heads
 
 logger = logging.getLogger(__name__)
 

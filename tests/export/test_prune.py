@@ -12,7 +12,10 @@ from multikd.modules import DistillationModule
 from multikd.students import StudentEncoder
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit4", "test_convnext"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_resnet", "test_convnext", pytest.param("test_vit4", marks=pytest.mark.slow)],
+)
 def test_a_pruned_student_is_smaller_and_keeps_its_features_width(name, tmp_path) -> None:
     student = StudentEncoder(name, image_size=64).eval()
     before = {key: value.clone() for key, value in student.state_dict().items()}

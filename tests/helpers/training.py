@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import timm
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def teacher(name: str, size: int | None = None, seed: int = 1, **settings: Any) 
     """A frozen timm model with random weights (those of ``seed``) for images of ``size``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = {} if size is None else {"img_size": size}
+        options: dict[str, Any] = {} if size is None else {"img_size": size}
         try:
             model = timm.create_model(name, num_classes=0, **options)
         except TypeError:  # CNNs take any size
