@@ -89,7 +89,9 @@ class MultikdCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Read the checkpoint before anything is built; the config it carries is not merged."""
         path = self._checkpoint_path()
-        self._checkpoint = None if path is None else read_checkpoint(path)
+        # A folder is a distributed checkpoint, which Lightning and torch check shard by shard.
+        whole = path is not None and not path.is_dir()
+        self._checkpoint = read_checkpoint(path) if path is not None and whole else None
 
     def _checkpoint_path(self) -> Path | None:
         """The file of ``--ckpt_path``; None where Lightning is to find one, or none is given."""
@@ -109,7 +111,7 @@ class MultikdCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs and checkpoints in the run's folder unless told otherwise."""
         settings = self._get(self.config_init, "trainer", default={})
-        folder = Path(settings.get("default_root_dir") or DEFAULT_FOLDER)
+        folder = str(settings.get("default_root_dir") or DEFAULT_FOLDER)
         if settings.get("logger") in (None, True) and not settings.get("barebones"):
             kwargs["logger"] = default_loggers(folder)
         try:
@@ -118,7 +120,7 @@ class MultikdCLI(LightningCLI):
             raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(folder.resolve())
+                callback.dirpath = folder if "://" in folder else str(Path(folder).resolve())
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -130,25 +132,24 @@ class MultikdCLI(LightningCLI):
         except SystemExit as stop:
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
-            signal.signal(signal.SIGINT, handler)  # which Lightning set to ignore
+            if handler is not None:
+                signal.signal(signal.SIGINT, handler)  # which Lightning set to ignore
             raise KeyboardInterrupt(self._how_to_go_on()) from None
 
     def _check(self, subcommand: str) -> None:
+        """Everything that can be known to fail before Lightning begins.
+
+        Raises:
+            ValueError: the first mistake, in one sentence.
+        """
         trainer, data, model = self.trainer, self.datamodule, self.model
-        preflight.check_output(Path(trainer.default_root_dir))
         given = self._get(self.config, "ckpt_path")
-        path = self._checkpoint_path()
         if given is None and subcommand != "fit":
             raise ValueError(
                 f"{subcommand} needs a trained checkpoint: give --ckpt_path=FILE "
                 "(its config need not be given again)"
             )
-        if path is not None and self._checkpoint is not None:
-            self._dump_config()
-            preflight.check_checkpoint(
-                path, self._checkpoint, model, self.config_dump, resuming=subcommand == "fit"
-            )
-            self._checkpoint = None
+        self._check_checkpoint(given, resuming=subcommand == "fit")
         if isinstance(data, ShardDataModule):
             if subcommand != "fit" and not data.has("val"):
                 raise ValueError(f"{subcommand} needs shards to run on: give --data.val=SHARDS")
@@ -158,6 +159,17 @@ class MultikdCLI(LightningCLI):
                 preflight.check_images(model, data)
         if subcommand == "fit" and given is None:
             preflight.check_earlier_run(trainer)
+        preflight.check_output(trainer.default_root_dir)
+
+    def _check_checkpoint(self, given: str | None, resuming: bool) -> None:
+        path, checkpoint = self._checkpoint_path(), self._checkpoint
+        if given == "last" and (newest := checkpoint_of(self.trainer)) is not None:
+            path = Path(newest)
+            checkpoint = None if path.is_dir() else read_checkpoint(path)
+        self._checkpoint = None
+        if path is not None and checkpoint is not None:
+            self._dump_config()
+            preflight.check_checkpoint(path, checkpoint, self.model, self.config_dump, resuming)
 
     def _how_to_go_on(self) -> str:
         newest = checkpoint_of(self.trainer)
@@ -166,7 +178,7 @@ class MultikdCLI(LightningCLI):
         return f"interrupted; the same command with --ckpt_path=last goes on from {newest}"
 
 
-def default_loggers(folder: Path) -> list[Logger]:
+def default_loggers(folder: str) -> list[Logger]:
     """CSV and TensorBoard logs in the run's folder, in a new ``version_N`` with each command."""
     return [
         CSVLogger(folder, name="csv"),
@@ -249,6 +261,8 @@ def without_known_noise() -> Iterator[None]:
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", UserWarning)
         # Logs share the folder; earlier checkpoints there are refused before (preflight).
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        # The summary's megabytes, which are those of 32 bits under any mixed precision.
+        warnings.filterwarnings("ignore", r"Precision \S+ is not supported by the model summary")
         # A run that goes on in another folder: it keeps its own best from there on.
         warnings.filterwarnings("ignore", "The dirpath has changed from", UserWarning)
         # A data module that was given no validation shards.

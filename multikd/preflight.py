@@ -21,13 +21,15 @@ log = logging.getLogger(__name__)
 CKPT_WORDS = ("last", "best", "hpc")
 
 
-def check_output(folder: Path) -> None:
-    """Make the output folder, or say why it can't be.
+def check_output(root: str | Path) -> None:
+    """Make the output folder (unless it is an address), or say why it can't be.
 
     Raises:
         ValueError: it is a file, or can't be made or written to.
     """
-    remedy = "give another --trainer.default_root_dir"
+    if "://" in str(root):
+        return
+    folder, remedy = Path(root), "give another --trainer.default_root_dir"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

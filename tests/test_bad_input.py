@@ -73,7 +73,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
                 {"class_path": "multikd.callbacks.DataFaults"},
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"filename": "last", "enable_version_counter": False},
+                    "init_args": {
+                        "filename": "last",
+                        "save_on_train_epoch_end": True,
+                        "enable_version_counter": False,
+                    },
                 },
             ],
         },
@@ -351,6 +355,14 @@ def test_a_checkpoint_of_another_config(
     sentence = mistake(command, capsys)
     assert "last.ckpt is of another config: " in sentence
     assert words in sentence
+
+
+def test_last_is_checked_as_well(
+    checkpoint: Path, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", f"--config={place.config}", "--ckpt_path=last"]
+    command += [f"--trainer.default_root_dir={checkpoint.parent}", f"{STUDENT}.rungs=all"]
+    assert "model.student.rungs: last → all" in mistake(command, capsys)
 
 
 def test_a_truncated_checkpoint(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +17,14 @@ import timm
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from multikd import fit
 from multikd.backbones import skeleton
 from multikd.callbacks import FiniteLossGuard
 from multikd.checkpoints import build_student
+from multikd.cli import main
 from multikd.config_files import inline_fragments, load_config, read_yaml, resolve_configs
 from multikd.data.module import ShardDataModule
 from multikd.data.views import EvalViews, UnicViews
@@ -76,7 +81,8 @@ def test_every_config_parses_and_builds(name: str, tmp_path: Path) -> None:
 def test_every_config_can_be_resumed(name: str) -> None:
     """A checkpoint after each epoch: of a run that is killed, no more than one is lost.
 
-    (Lightning's ``save_last`` follows its top k: with ``save_top_k: 0`` it saves at the very end.)
+    (Lightning's ``save_last`` follows its top k: with ``save_top_k: 0`` it saves at the very end.
+    Without ``save_on_train_epoch_end`` it saves when there was a validation.)
     """
     callbacks = load_config(name)["trainer"]["callbacks"]
     settings = [c["init_args"] for c in callbacks if c["class_path"].endswith("ModelCheckpoint")]
@@ -85,6 +91,7 @@ def test_every_config_can_be_resumed(name: str) -> None:
         and s.get("save_top_k", 1) == 1
         and "monitor" not in s
         and s.get("every_n_epochs", 1) == 1
+        and s.get("save_on_train_epoch_end")
         for s in settings
     ), settings
 
@@ -286,6 +293,53 @@ def test_ibot_is_read_from_a_training_checkpoint(tmp_path: Path) -> None:
     encoder = TimmEncoder("test_vit", checkpoint=str(tmp_path / "ibot.pth"))
     for name, tensor in encoder.model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
+
+
+# --- the README ---------------------------------------------------------------------------------
+
+
+def readme_commands(section: str) -> list[list[str]]:
+    """The ``multikd`` commands of a section of the README, as words."""
+    text = (config_root().parent / "README.md").read_text(encoding="utf-8")
+    body = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", body, flags=re.DOTALL))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("multikd ")]
+
+
+def test_every_fit_of_the_readme_builds() -> None:
+    commands = [c for c in readme_commands("Your own images") if c[1] == "fit"]
+    assert len(commands) == 3
+    for _, _, *args in commands:
+        cli = build(*args)
+        assert isinstance(cli.model, DistillationModule)
+    assert cli.model.teacher_names == ("lite0", "lite1", "lite2", "dino")
+
+
+def test_the_readme_s_first_own_run_on_a_flat_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is written, on a few unlabelled photographs; only shorter."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number, photo in enumerate(load_sample_images().images):
+        for part in range(8):
+            crop = photo[:: 2 + part % 2, part * 40 : part * 40 + 300]
+            Image.fromarray(crop).save(f"photos/{number}-{part}.jpg")
+    shorter = ["--trainer.max_epochs=1", "--data.batch_size=8", "--data.num_workers=0"]
+    commands = readme_commands("Your own images")[:4]
+    assert [c[1] for c in commands] == ["shards", "shards", "fit", "export"]
+    for _, *args in commands:
+        assert main([*args, *(shorter if args[0] == "fit" else [])]) == 0, args
+    said = capsys.readouterr()
+    assert "16 samples" in said.out
+    assert "trained  1 epochs, 2 steps" in said.out
+    assert "next     multikd export runs/laptop/last.ckpt my-student/" in said.out
+    model = timm.create_model("local-dir:my-student", pretrained=True, num_classes=0)
+    assert model.num_features == 512
+    written = {path.name for path in Path("runs/laptop").rglob("*") if path.is_file()}
+    assert {"last.ckpt", "metrics.csv", "config.yaml"} <= written
+    assert any(name.startswith("events.out.tfevents") for name in written)
 
 
 # --- finding files ----------------------------------------------------------------------------

@@ -35,7 +35,6 @@ FAMILIES = {
     "EfficientNet": ("test_efficientnet", {}),
     "MobileNetV3": ("mobilenetv3_small_050", {}),
     "RegNet": ("regnetx_002", {}),
-    "MaxViT": ("test_maxvit", {"img_size": 64}),
     "MambaOut": ("test_mambaout", {}),
     "NFNet": ("test_nfnet", {}),
 }
