@@ -545,6 +545,9 @@ def _run(args: list[str]) -> int:
     if not args:
         build_parser().print_help()
         return 0
+    if os.getcwd() not in sys.path:
+        # Classes of one's own are found here, after everything that is installed.
+        sys.path.append(os.getcwd())
     if args[0] in LIGHTNING:
         return _lightning(args[0], args[1:])
     arguments = build_parser().parse_args(args)

@@ -28,7 +28,8 @@ _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _NO_IMPORT = re.compile(r"Expected a dot import path string: (.+)")
 _NO_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
-_WRONG_BASE = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
+# In a union's branch jsonargparse cuts the value out of the sentence.
+_WRONG_BASE = re.compile(r"Import path (?:(\S+) )?does not correspond to a subclass of (\w+)")
 _EXPECTED = re.compile(r"Expected an? (.+)")
 _RECEIVED = re.compile(r"\. Got value: (.*)$")
 _NESTED_VALUE = re.compile(r"NestedArg\(key='[^']*', val=(.*)\)$")
@@ -284,7 +285,7 @@ def _no_attribute(leaf: _Leaf) -> str | None:
 
 def _wrong_base(leaf: _Leaf) -> str | None:
     found = _WRONG_BASE.search(leaf.text)
-    return f"{found.group(1)} is no {found.group(2)}" if found else None
+    return f"{found.group(1) or leaf.received} is no {found.group(2)}" if found else None
 
 
 def _import(path: str) -> object | None:

@@ -29,7 +29,9 @@ def figures_of(trainer: pl.Trainer, seconds: float) -> dict[str, Any]:
 
 
 def checkpoint_of(trainer: pl.Trainer) -> str | None:
-    """The run's newest checkpoint."""
+    """The run's newest checkpoint; None where there is none, or a trial run wrote none."""
+    if getattr(trainer, "fast_dev_run", False):
+        return None
     written = [path for folder in checkpoint_folders(trainer) for path in folder.glob("*.ckpt")]
     last = [path for path in written if path.name == "last.ckpt"]
     newest = max(last or written, key=lambda path: path.stat().st_mtime, default=None)

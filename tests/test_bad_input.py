@@ -206,6 +206,8 @@ ON_THE_COMMAND_LINE = {
     "--model.dropper=HardestKep": "there is no class 'HardestKep': did you mean HardestKept?",
     "--model.dropper=multikd.losses.Hardest": "did you mean multikd.losses.HardestKept?",
     "--model.dropper=HardestKept --model.dropper.p=1.5": "HardestKept: p must be a probability",
+    "--model.dropper=nowhere.Dropper": "nowhere.Dropper can't be imported: there is no module",
+    "--model.dropper=torch.nn.Linear": "torch.nn.Linear is no TeacherDropper",
     "--model.optimizer=AdamWW": "there is no class 'AdamWW': did you mean AdamW",
     "--model.optimizer=AdamW --model.optimizer.lr=-1": "AdamW: Invalid learning rate: -1",
     "--trainer.callbacks+=KNNProb": "there is no class 'KNNProb': did you mean KNNProbe?",
@@ -506,8 +508,10 @@ def test_an_interruption_is_one_line_and_130(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A class of one's own is found in the working directory.
     (tmp_path / "interrupting.py").write_text(INTERRUPT, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     handler = signal.getsignal(signal.SIGINT)
     run = tmp_path / "run"
     command = ["fit", f"--config={place.config}", f"--trainer.default_root_dir={run}"]

@@ -185,7 +185,7 @@ def fit_arguments(settings: DemoSettings, out: Path) -> list[str]:
     """The ``multikd fit`` command line of the demo's training."""
     args = [
         "fit",
-        f"--config={'demo_vit' if settings.student == 'vit' else 'demo'}",
+        "--config=demo",
         f"--seed_everything={settings.seed}",
         f"--data.seed={settings.seed}",
         f"--data.cache={settings.out / 'features'}",
@@ -199,6 +199,8 @@ def fit_arguments(settings: DemoSettings, out: Path) -> list[str]:
     epochs = settings.epochs or (QUICK_EPOCHS if settings.quick else None)
     if epochs is not None:
         args.append(f"--trainer.max_epochs={epochs}")
+    if settings.student == "vit":
+        args.append("--model.student=students/vit_demo.yaml")
     if settings.quick:
         args.append("--data.train_views.init_args.recorded=1")
     last = out / "checkpoints" / "last.ckpt"
