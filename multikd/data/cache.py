@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multikd.data.files import write_atomically
+from multikd.files import write_atomically
 from multikd.types import Batch, Grid, TokenFeatures
 
 CacheDtype = Literal["float16", "bfloat16", "float32"]

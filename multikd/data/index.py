@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from multikd.data.files import write_atomically
 from multikd.data.tar import BLOCK, Member, Sample, scan_tar, split_name
+from multikd.files import write_atomically
 
 __all__ = [
     "INDEX_SUFFIX",

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multikd.data.files import write_atomically
+from multikd.files import write_atomically
 
 MANIFEST = "dataset.json"
 LOG = ".multikd-write.jsonl"

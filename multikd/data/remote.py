@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from multikd.data.files import TEMPORARY_SUFFIX, file_lock
+from multikd.files import TEMPORARY_SUFFIX, file_lock
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import re
 import tarfile
 from pathlib import Path
 
-from multikd.data.files import TEMPORARY_SUFFIX, write_atomically
 from multikd.data.index import build_index, index_path, without_mtime
 from multikd.data.manifest import ShardRecord, Skipped
 from multikd.data.tar import BLOCK
+from multikd.files import TEMPORARY_SUFFIX, write_atomically
 
 
 class OpenShard:

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multikd.data.decode import SampleFault
-from multikd.data.files import write_atomically
 from multikd.data.index import (
     INDEX_SUFFIX,
     Member,
@@ -32,6 +31,7 @@ from multikd.data.index import (
 )
 from multikd.data.remote import RemoteCache, RemoteError, is_remote, public_name
 from multikd.data.urls import expand_braces, expand_urls
+from multikd.files import write_atomically
 
 __all__ = ["DEFAULT_CACHE", "ShardSource", "expand_braces", "expand_urls"]
 

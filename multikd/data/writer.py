@@ -25,7 +25,6 @@ import numpy as np
 
 from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault
 from multikd.data.encode import Encoding, ImageFormat
-from multikd.data.files import TEMPORARY_SUFFIX, file_lock, write_atomically
 from multikd.data.manifest import (
     MANIFEST,
     ShardRecord,
@@ -35,6 +34,7 @@ from multikd.data.manifest import (
 )
 from multikd.data.origins import Listing, Origin, open_origin
 from multikd.data.shard_file import OpenShard, bytes_in_tar, sample_members
+from multikd.files import TEMPORARY_SUFFIX, file_lock, write_atomically
 
 _CHUNK = 16  # items per task: enough to hide the pipe, few enough to stay small in memory
 _OURS = re.compile(r"^shard-\d{6,}\.tar(\.index\.npz)?$")

@@ -13,7 +13,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from multikd.data.files import write_atomically
+from multikd.files import write_atomically
 
 CLASSES = (
     "T-shirt/top",

@@ -16,13 +16,13 @@ from shard_server import Server
 
 from multikd.data import sources
 from multikd.data.decode import SampleFault, decode_label
-from multikd.data.files import file_lock
 from multikd.data.index import build_index, index_path, read_index
 from multikd.data.module import ShardDataModule
 from multikd.data.remote import RemoteCache, RemoteError, public_name
 from multikd.data.sequential import SequentialShards
 from multikd.data.sources import ShardSource
 from multikd.data.views import LightViews
+from multikd.files import file_lock
 
 
 def keys_and_labels(source: ShardSource) -> list[tuple[str, int]]:

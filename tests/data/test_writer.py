@@ -20,13 +20,13 @@ from PIL import Image
 
 from multikd.data.commands import run_write
 from multikd.data.decode import decode_image, decode_label, find_image
-from multikd.data.files import file_lock
 from multikd.data.manifest import LOG, read_manifest
 from multikd.data.origins import open_origin
 from multikd.data.origins.idx import read_idx
 from multikd.data.sources import ShardSource
 from multikd.data.writer import write_shards
 from multikd.errors import MissingExtraError
+from multikd.files import file_lock
 
 
 def image_bytes(number: int, format: str = "PNG", size: tuple[int, int] = (20, 12)) -> bytes:
