@@ -54,6 +54,10 @@ class EvalSplit(Protocol):
         """The images as uint8 views of ``size`` (H, W), in order; fillers have position −1."""
         ...
 
+    def view(self, index: int, size: Grid) -> npt.NDArray[np.uint8]:
+        """One image as its view of ``size``, uint8 ``(H, W, 3)``: what the page shows of it."""
+        ...
+
     def target(self, index: int, size: Grid) -> npt.NDArray[Any]:
         """Mask or depth ``(H, W)`` of an image, cropped and resized as its view (nearest)."""
         ...
@@ -83,10 +87,12 @@ class Subject(Protocol):
         name: of the encoder, as the matrix calls it.
         spec: of the encoder.
         splits: of the data set.
+        head: the teacher whose head gives these features; None for the encoder's own.
     """
 
     name: str
     spec: EncoderSpec
+    head: str | None
     splits: Mapping[str, EvalSplit]
 
     @property
@@ -129,7 +135,13 @@ class TaskResult:
             ``value``; None where the metric is no function of rows.
         statistic: how rows make the value; by default their mean (per_sample may be ``(M, …)``).
         metrics: further figures by name.
-        details: JSON values for the page (``per_class``, ``groups``, ``confusion``, ``curve``, …).
+        details: JSON values for the page, every key optional (``K`` classes; values as ``value``):
+            ``classes`` [K names]; ``per_class`` {class: value}; ``confusion`` K × K counts, truth ×
+            answer; ``groups`` {column: {"values": {group: {"value", "low", "high", "count"}},
+            "worst": group, "gap", "gap_low", "gap_high"}}; ``curves`` [{"name", "x", "y",
+            "x_label", "y_label"}] (the page draws curves of one name of all encoders together; x
+            may be text; y of a share in 0–1).
+            ``neighbours`` and ``pca`` are added by the run (retention/gallery.py).
         seconds: what scoring took, extraction left out.
     """
 
@@ -154,6 +166,8 @@ class Task(ABC):
         higher_is_better: whether more is better.
         tokens: what ``check`` demands of an encoder.
         splits: what ``check`` demands of the data set.
+        compares: whether ``score`` compares with teachers; the runner then sets ``teachers``
+            (teacher → its subject before the same data set) ahead of ``score``.
     """
 
     data: str
@@ -162,6 +176,13 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     tokens: ClassVar[tuple[TokenType, ...]] = ("summary",)
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    compares: ClassVar[bool] = False
+    teachers: Mapping[str, Subject]
+
+    def applies(self, subject: Subject) -> bool:
+        """Whether the protocol says anything of this encoder; if not its cell stays empty."""
+        del subject
+        return True
 
     def check(self, splits: Mapping[str, EvalSplit], specs: Mapping[str, EncoderSpec]) -> None:
         """Refuse what can't be scored, before anything is extracted.
