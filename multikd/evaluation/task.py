@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,18 @@ from torch import Tensor
 from multikd.types import Batch, EncoderSpec, Grid, TokenFeatures, TokenType
 
 SplitName = Literal["train", "val", "test"]
+
+
+class NotApplicable(ValueError):
+    """A task that says nothing of this encoder (no text tower, …): its cell stays empty."""
+
+
+class Request(NamedTuple):
+    """Features that a task will ask for, so that one pass over the images serves all tasks."""
+
+    split: str
+    tokens: tuple[TokenType, ...] = ("summary",)
+    size: Grid | None = None
 
 
 class EvalSplit(Protocol):
@@ -120,7 +132,7 @@ class Subject(Protocol):
         """``(K, D)`` unit rows of the text tower that belongs to this encoder (or head).
 
         Raises:
-            ValueError: it has none.
+            NotApplicable: it has none.
         """
         ...
 
