@@ -191,6 +191,14 @@ class Task(ABC):
     compares: ClassVar[bool] = False
     teachers: Mapping[str, Subject]
 
+    def requests(self, spec: EncoderSpec) -> Sequence[Request]:
+        """What ``score`` will ask of this encoder's subject: extracted before any task runs.
+
+        What is not named here is extracted when it is asked for, by one process alone.
+        """
+        del spec
+        return [Request(split, self.tokens) for split in self.splits]
+
     def applies(self, subject: Subject) -> bool:
         """Whether the protocol says anything of this encoder; if not its cell stays empty."""
         del subject
