@@ -149,7 +149,7 @@ class TaskResult:
         metrics: further figures by name.
         details: JSON values for the page, every key optional (``K`` classes; values as ``value``):
             ``classes`` [K names]; ``per_class`` {class: value}; ``confusion`` K × K counts, truth ×
-            answer; ``groups`` {column: {"values": {group: {"value", "low", "high", "count"}},
+            answer; ``groups`` {column: {"groups": {group: {"value", "low", "high", "count"}},
             "worst": group, "gap", "gap_low", "gap_high"}}; ``curves`` [{"name", "x", "y",
             "x_label", "y_label"}] (the page draws curves of one name of all encoders together; x
             may be text; y of a share in 0–1).
