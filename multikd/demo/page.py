@@ -15,10 +15,13 @@ from multikd.pages import charts
 from multikd.pages.canvas import INK, OTHER, STUDENT
 from multikd.pages.charts import Bar, BarGroup, Line, Panel
 from multikd.pages.html import (
+    cell,
     document,
     facts,
+    header,
     interval,
     picture,
+    row,
     section,
     signed,
     strip,
@@ -105,21 +108,17 @@ def _scores(data: ReportData) -> str:
     }
     rows = []
     for score in data.scores:
-        cells = "".join(
+        cells = [
             _cell(value, gap, value == best[probe])
             for probe, value, gap in (
                 ("knn", score.knn, score.knn_gap),
                 ("logistic", score.logistic, score.logistic_gap),
             )
-        )
+        ]
         words = _ROLE_WORDS[score.role]
         if score.parameters is not None:
             words += f", {score.parameters / 1e6:.1f} M parameters"
-        rows.append(
-            f'<tr class="{score.role}"><th scope="row">{escape(score.name)}'
-            f'<br><span class="small">{words}</span></th>'
-            f"{cells}</tr>"
-        )
+        rows.append(row(score.name, cells, words, score.role))
     groups = [
         BarGroup(
             f"{title}, % right",
@@ -138,7 +137,7 @@ def _scores(data: ReportData) -> str:
     level = next(score.logistic for score in data.scores if score.role == "student")
     error = 100 * float(np.sqrt(level * (1 - level) / data.test_images))
     return (
-        table(("encoder", "k-NN %", "logistic %"), rows)
+        table([header(text) for text in ("encoder", "k-NN %", "logistic %")], rows)
         + picture(charts.bars(groups), "Bar chart of the table above")
         + f'<p class="small">{data.test_images:,} held-out images: one standard error of an '
         f"accuracy of {100 * level:.0f} % is {error:.1f} points. Whiskers are 95 %. The small "
@@ -148,11 +147,8 @@ def _scores(data: ReportData) -> str:
 
 
 def _cell(value: float, gap: PairedInterval | None, best: bool) -> str:
-    number = f"<b>{100 * value:.1f}</b>" if best else f"{100 * value:.1f}"
-    if gap is None:
-        return f"<td>{number}</td>"
-    span = interval(gap.low, gap.high)
-    return f'<td>{number}<br><span class="small">{signed(gap.difference)}<br>{span}</span></td>'
+    notes = [] if gap is None else [signed(gap.difference), interval(gap.low, gap.high)]
+    return cell(f"{100 * value:.1f}", notes, "best" if best else "")
 
 
 def _curves(data: ReportData) -> str:
@@ -183,11 +179,11 @@ def _curves(data: ReportData) -> str:
 
 def _neighbours(data: ReportData) -> str:
     rows = []
-    for row in data.neighbours:
-        cells = [_thumbnail(row.query, data.classes[row.label], "query")]
+    for shown in data.neighbours:
+        cells = [_thumbnail(shown.query, data.classes[shown.label], "query")]
         cells += [
-            _thumbnail(pixels, data.classes[label], "same" if label == row.label else "unlike")
-            for pixels, label in row.neighbours
+            _thumbnail(pixels, data.classes[label], "same" if label == shown.label else "unlike")
+            for pixels, label in shown.neighbours
         ]
         rows.append(strip(cells))
     return (

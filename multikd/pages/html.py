@@ -62,16 +62,36 @@ def strip(figures: Sequence[str]) -> str:
     return f'<div class="strip">{"".join(figures)}</div>'
 
 
+def header(text: str, note: str = "", kind: str = "") -> str:
+    """The header of a column, with a small note below it."""
+    named = f' class="{escape(kind)}"' if kind else ""
+    small = f'<br><span class="small">{escape(note)}</span>' if note else ""
+    return f'<th scope="col"{named}>{escape(text)}{small}</th>'
+
+
+def row(text: str, cells: Sequence[str], note: str = "", kind: str = "") -> str:
+    """A row of a table: its header, a small note below it, and cells (markup, whole ``<td>``)."""
+    named = f' class="{escape(kind)}"' if kind else ""
+    small = f'<br><span class="small">{escape(note)}</span>' if note else ""
+    return f'<tr{named}><th scope="row">{escape(text)}{small}</th>{"".join(cells)}</tr>'
+
+
+def cell(text: str, notes: Sequence[str] = (), kind: str = "") -> str:
+    """A cell with a text and small notes (texts) below it."""
+    named = f' class="{escape(kind)}"' if kind else ""
+    small = "".join(f'<br><span class="small">{escape(note)}</span>' for note in notes)
+    return f"<td{named}>{escape(text)}{small}</td>"
+
+
 def table(head: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
     """A table that scrolls sideways where it is too wide.
 
     Args:
-        head: texts of the column headers; empty for a table without.
-        rows: markup, each a whole ``<tr>``.
+        head: markup of the column headers (:func:`header`); empty for a table without.
+        rows: markup, each a whole ``<tr>`` (:func:`row`).
         kind: class of the table.
     """
-    columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    top = f"<thead><tr>{columns}</tr></thead>" if head else ""
+    top = f"<thead><tr>{''.join(head)}</tr></thead>" if head else ""
     named = f' class="{escape(kind)}"' if kind else ""
     # Focusable, so that it can be scrolled with the keyboard.
     return (
@@ -82,11 +102,7 @@ def table(head: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
 
 def facts(lines: Mapping[str, str]) -> str:
     """A table of name and value, both texts."""
-    rows = [
-        f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
-        for key, value in lines.items()
-    ]
-    return table((), rows, "facts")
+    return table((), [row(key, [cell(value)]) for key, value in lines.items()], "facts")
 
 
 def signed(difference: float) -> str:
