@@ -1,4 +1,4 @@
-"""The charts of the pages, each a PNG in bytes, drawn for a column 360 to 700 px wide.
+"""The charts of the pages, each a PNG in bytes, drawn for a column 360 to 550 px wide.
 
 Values are plain numbers; where a chart says ``share``, they lie in 0–1 and are shown in per cent.
 """
@@ -164,16 +164,17 @@ def gains(groups: Sequence[BarGroup], title: str) -> bytes:
     rows = sum(len(group.bars) for group in groups)
     figure = new_figure(0.8 + 0.3 * rows + 0.12 * len(groups))
     axes = figure.add_subplot(1, 1, 1)
+    several = any(len(group.bars) > 1 for group in groups)
     ends = [0.0]
     places, names, row = [], [], 0.0
     for group in groups:
         for bar in group.bars:
-            colour = bar.colour if len(group.bars) > 1 else (GOOD if bar.value >= 0 else BAD)
+            colour = bar.colour if several else GOOD if bar.value >= 0 else BAD
             axes.barh(row, 100 * bar.value, color=colour, height=0.68)
             _whisker(axes, row, bar, 100)
             ends += [100 * v for v in (bar.value, bar.low, bar.high) if v is not None]
             places.append(row)
-            names.append(f"{group.title}: {bar.name}" if len(group.bars) > 1 else group.title)
+            names.append(f"{group.title}: {bar.name}" if several else group.title)
             row += 1
         row += 0.4
     span = max(max(ends) - min(ends), 1.0)
@@ -187,7 +188,7 @@ def gains(groups: Sequence[BarGroup], title: str) -> bytes:
             ha="left" if right else "right", color=INK, fontsize=9,
         )  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(places, [plain(name) for name in names])
+    axes.set_yticks(places, [plain(name, 28) for name in names])
     axes.invert_yaxis()
     heading(axes, title)
     tidy(axes, grid="x")
@@ -196,7 +197,7 @@ def gains(groups: Sequence[BarGroup], title: str) -> bytes:
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
     """Score (a share) against cost on a logarithmic axis; the front is joined by a line."""
-    figure = new_figure(3.6)
+    figure = new_figure(3.2)
     axes = figure.add_subplot(1, 1, 1)
     front = sorted((p for p in points if p.on_front), key=lambda p: p.cost)
     axes.plot(
@@ -223,8 +224,8 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
         left = point.cost <= middle
         axes.annotate(
             plain(point.name, 24), (point.cost, 100 * point.score),
-            xytext=(7 if left else -7, lift), textcoords="offset points", fontsize=9, color=INK,
-            ha="left" if left else "right", va="center",
+            xytext=(7 if left else -7, 4 + lift), textcoords="offset points", fontsize=9,
+            color=INK, ha="left" if left else "right", va="bottom",
         )  # fmt: skip
     axes.margins(y=0.18)
     axes.set_xlabel(plain(x_label, 60), fontsize=9, color=INK)
@@ -237,7 +238,7 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> b
     """Rows are the truth, columns the answer; shaded by the share of the row."""
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = len(classes)
-    figure = new_figure(1.4 + 0.4 * size if size <= 20 else 6.4)
+    figure = new_figure(1.2 + size * min(0.35, 3.4 / size))
     axes = figure.add_subplot(1, 1, 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("answered")
@@ -255,9 +256,9 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> b
                 ha="center",
                 va="center",
                 color=colour,
-                fontsize=8,
+                fontsize=8 if size <= 12 else 5.5,
             )
-    axes.tick_params(length=0, labelsize=9 if size <= 20 else 6, colors=INK)
+    axes.tick_params(length=0, labelsize=9 if size <= 12 else 7 if size <= 20 else 5, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return png(figure)
@@ -293,11 +294,11 @@ def _whisker(axes: object, row: float, bar: Bar, unit: float) -> None:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 and their tenfolds between two numbers above 0, at least two where there are."""
+    """1, 1.5, 2, 3, 5, 7 and their tenfolds between two numbers above 0; few of them."""
     found = [
         m * 10.0**e
         for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for m in (1, 2, 5)
+        for m in (1, 1.5, 2, 3, 5, 7)
         if low <= m * 10.0**e <= high
     ]
     return found if len(found) <= 7 else [t for t in found if f"{t:e}"[0] == "1"] or found
@@ -311,7 +312,7 @@ def _apart(points: Sequence[Point]) -> list[float]:
     order = sorted(range(len(points)), key=lambda i: scores[i])
     previous = -math.inf
     for index in order:
-        place = 170 * (scores[index] - min(scores)) / span
+        place = 140 * (scores[index] - min(scores)) / span
         lifts[index] = max(0.0, previous + 12 - place)
         previous = place + lifts[index]
     return lifts

@@ -57,9 +57,9 @@ def thumbnail(png: bytes, caption: str, kind: str = "", alt: str | None = None) 
     )
 
 
-def strip(figures: Sequence[str]) -> str:
-    """Thumbnails (markup) in a row."""
-    return f'<div class="strip">{"".join(figures)}</div>'
+def strip(figures: Sequence[str], kind: str = "") -> str:
+    """Thumbnails (markup) in a row; of the kind ``maps`` they keep their size and wrap."""
+    return f'<div class="{escape(f"strip {kind}".strip())}">{"".join(figures)}</div>'
 
 
 def header(text: str, note: str = "", kind: str = "") -> str:
@@ -134,11 +134,10 @@ th:first-child{text-align:left;font-weight:500}thead th{font-weight:600;vertical
 tr.student{background:#eef5fc}tr.student th{font-weight:650}
 td.student,th.student{background:#eef5fc}td.best{font-weight:650}
 td .small{white-space:nowrap;font-weight:400}th .small{font-weight:400}
-tbody th,thead th{overflow-wrap:anywhere;min-width:5.5rem}
+tbody th,thead th{overflow-wrap:break-word;min-width:5.5rem}
 .facts td{text-align:left;overflow-wrap:anywhere}.facts th{white-space:nowrap}
-table.matrix thead th{max-width:9rem}table.matrix tfoot td,table.matrix tfoot th{font-weight:600}
-.plot{width:100%;height:auto;margin:.75rem 0;display:block}
-.broad .plot{max-width:44rem}
+.stuck th:first-child{position:sticky;left:0;background:#fff}
+.plot{width:100%;max-width:34rem;height:auto;margin:.75rem 0;display:block}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:0 1.5rem}
 .pair>*{min-width:0}
 .strip{display:flex;gap:.3rem;margin:.4rem 0}
@@ -147,7 +146,7 @@ figure img{width:100%;display:block;image-rendering:pixelated;border:3px solid #
 figure.query{margin-right:.5rem}figure.query img{border-color:#1565c0}
 figure.unlike img{border-color:#c62828}
 figcaption{font-size:.7rem;line-height:1.2;text-align:center;overflow-wrap:anywhere}
-.strip.tall figure{max-width:9rem}
+.maps{flex-wrap:wrap}.maps figure{flex:0 0 5.5rem}
 details{margin:.5rem 0}summary{cursor:pointer;font-weight:600;overflow-wrap:anywhere}
 nav{margin:.75rem 0;display:flex;flex-wrap:wrap;gap:.25rem .9rem;font-size:.92rem}
 nav a{color:#1565c0;overflow-wrap:anywhere}

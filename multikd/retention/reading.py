@@ -16,7 +16,7 @@ from typing import Any
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoder:
     """A column of the matrix."""
 
@@ -162,6 +162,14 @@ class Results:
         return {name for name, value in values.items() if value == top}
 
 
+ROLES = ("student", "head", "teacher", "encoder")
+
+
+def order(encoders: Sequence[Encoder]) -> list[Encoder]:
+    """Students first, then their heads, teachers, and the others."""
+    return sorted(encoders, key=lambda e: ROLES.index(e.role) if e.role in ROLES else len(ROLES))
+
+
 def read_results(path: Path) -> Results:
     """Read and check a ``results.json`` (or the folder that holds one).
 
@@ -202,8 +210,7 @@ def results_of(content: Any, folder: Path | None = None, where: str = "the resul
     if content["format"] != FORMAT:
         raise ValueError(
             f"{where} is of format {content['format']!r}, and this version reads format {FORMAT}: "
-            "evaluate again with this version, or use the one that wrote it"
-            + (f" (multikd {content['multikd']})" if isinstance(content.get("multikd"), str) else "")
+            f"evaluate again, or use the version that wrote it ({content.get('multikd')!s:.20})"
         )
     check = _Check(where)
     encoders = [_encoder(check, entry) for entry in check.rows(content, "encoders")]
