@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from multikd.evaluation.knn import nearest_neighbours
-from multikd.evaluation.task import EncodedSplit, EvalSplit, SplitName, Subject, Task, TaskResult
+from multikd.evaluation.task import (
+    EncodedSplit,
+    EvalSplit,
+    NotApplicable,
+    Request,
+    SplitName,
+    Subject,
+    Task,
+    TaskResult,
+)
 from multikd.types import EncoderSpec, TokenType
 
 
@@ -130,6 +139,14 @@ class _Agreement(Task):
                 f"of the split {self.split!r}, which the data set lacks"
             )
 
+    def requests(self, spec: EncoderSpec) -> Sequence[Request]:
+        """Features of the one split that is compared."""
+        del spec
+        return [Request(self.split, self._asked())]
+
+    def _asked(self) -> tuple[TokenType, ...]:
+        return ("summary",)
+
     def applies(self, subject: Subject) -> bool:
         """There is a teacher other than the encoder itself."""
         return bool(self._others(subject))
@@ -140,7 +157,7 @@ class _Agreement(Task):
     def _compared(self, subject: Subject) -> dict[str, Subject]:
         others = self._others(subject)
         if not others:
-            raise ValueError(
+            raise NotApplicable(
                 f"{type(self).__name__} compares {subject.name!r} with teachers, and there are "
                 "none beside it: pass --with-teachers"
             )
@@ -245,6 +262,9 @@ class HeadCosine(_Agreement):
     metric = "cosine"
     unit = ""
 
+    def _asked(self) -> tuple[TokenType, ...]:
+        return (self.of,)
+
     def applies(self, subject: Subject) -> bool:
         """The encoder is a head, and its teacher is among the teachers."""
         return subject.head is not None and subject.head in self.teachers
@@ -252,7 +272,7 @@ class HeadCosine(_Agreement):
     def score(self, subject: Subject) -> TaskResult:
         """Mean cosine over images."""
         if subject.head is None or subject.head not in self.teachers:
-            raise ValueError(
+            raise NotApplicable(
                 f"HeadCosine compares a head with its teacher, and {subject.name!r} is no head "
                 f"of the teachers at hand ({', '.join(sorted(self.teachers)) or 'none'}): choose "
                 "heads with --heads and pass --with-teachers"
