@@ -159,8 +159,11 @@ def bars(groups: Sequence[BarGroup], *, share: bool = True, digits: int = 1) -> 
     return png(figure)
 
 
-def gains(groups: Sequence[BarGroup], title: str) -> bytes:
-    """Relative gains or losses in per cent to both sides of 0, one label a group (a task)."""
+def gains(groups: Sequence[BarGroup], title: str, own_colours: bool = False) -> bytes:
+    """Gains and losses × 100 to both sides of 0, one label a group (a task).
+
+    Green and red where each group has one bar, unless the bars are to keep their own colours.
+    """
     rows = sum(len(group.bars) for group in groups)
     figure = new_figure(0.8 + 0.3 * rows + 0.12 * len(groups))
     axes = figure.add_subplot(1, 1, 1)
@@ -169,7 +172,8 @@ def gains(groups: Sequence[BarGroup], title: str) -> bytes:
     places, names, row = [], [], 0.0
     for group in groups:
         for bar in group.bars:
-            colour = bar.colour if several else GOOD if bar.value >= 0 else BAD
+            kept = several or own_colours
+            colour = bar.colour if kept else GOOD if bar.value >= 0 else BAD
             axes.barh(row, 100 * bar.value, color=colour, height=0.68)
             _whisker(axes, row, bar, 100)
             ends += [100 * v for v in (bar.value, bar.low, bar.high) if v is not None]

@@ -135,6 +135,7 @@ tr.student{background:#eef5fc}tr.student th{font-weight:650}
 td.student,th.student{background:#eef5fc}td.best{font-weight:650}
 td .small{white-space:nowrap;font-weight:400}th .small{font-weight:400}
 tbody th,thead th{overflow-wrap:break-word;min-width:5.5rem}
+.makers td{text-align:left;overflow-wrap:anywhere;min-width:6rem}.makers th{text-align:left}
 .facts td{text-align:left;overflow-wrap:anywhere}.facts th{white-space:nowrap}
 .stuck th:first-child{position:sticky;left:0;background:#fff}
 .plot{width:100%;max-width:34rem;height:auto;margin:.75rem 0;display:block}

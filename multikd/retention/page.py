@@ -182,7 +182,7 @@ def matrix(results: Results) -> str:
                 if share is None
                 else cell(percent(share), span, "student" if encoder.ours else "")
             )
-        rows.append(row("mean share kept", cells, "of the best teacher of each task"))
+        rows.append(row("mean share kept", cells, "of the best teacher’s"))
     kept_shown = any(r.kept for r in results.matrix.values())
     return (
         table(head, rows, "stuck")
@@ -227,7 +227,7 @@ def _gains(results: Results, colours: Mapping[str, str]) -> str:
             words.append(f"{task.name} {gain} % against {found.best_teacher or 'the best teacher'}")
     if not groups:
         return ""
-    chart = charts.gains(groups, "gain over the best teacher of each task, % of its score")
+    chart = charts.gains(groups, "% gain over the best teacher")
     return picture(chart, "Bars of the relative gain by task: " + "; ".join(words)) + (
         f'<p class="small">{escape("; ".join(words))}. Whiskers: 95 % intervals.</p>'
     )
