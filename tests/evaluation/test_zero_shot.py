@@ -47,7 +47,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def subject(clip):
-    model, path = clip
+    _, path = clip
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (40, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 7, (40,), generator=generator)
