@@ -1,0 +1,154 @@
+"""One encoder before one data set, with its features on disk: what a task scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multikd.evaluation.task import EncodedSplit, NotApplicable
+from multikd.retention.datasets import EvalDataset, ImageSplit
+from multikd.retention.digest import combined, file_digest
+from multikd.retention.encoders import Column
+from multikd.retention.extract import ExtractOptions, extract, plan, store_of
+from multikd.retention.store import FeatureStore
+from multikd.types import EncoderSpec, Grid, TokenFeatures, TokenType
+
+log = logging.getLogger(__name__)
+
+
+class EncoderSubject:
+    """See ``multikd.evaluation.task.Subject``.
+
+    Images that could not be read are left out of ``splits`` and of all features, as soon as the
+    features of their split are there; so they count for nobody, and rows agree everywhere.
+
+    Args:
+        column: the encoder.
+        data: the data set.
+        options: where features are kept and how they are computed.
+        progress: show a bar where something is extracted after all.
+    """
+
+    def __init__(
+        self, column: Column, data: EvalDataset, options: ExtractOptions, progress: bool = False
+    ) -> None:
+        self.column = column
+        self.data = data
+        self.options = options
+        self.progress = progress
+        self.name = column.name
+        self.spec: EncoderSpec = column.spec
+        self.head = column.head
+        self._faulty: dict[str, list[int]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of weights and preprocessing."""
+        return combined(encoder=self.column.fingerprint, crop=self.data.spec.crop)
+
+    @property
+    def size(self) -> Grid:
+        """At which this encoder sees this data set."""
+        return size_for(self.column, self.data)
+
+    @property
+    def splits(self) -> Mapping[str, ImageSplit]:
+        """Of the data set, without the images that could not be read."""
+        return {
+            name: split.without(self._faulty[name]) if self._faulty.get(name) else split
+            for name, split in self.data.splits.items()
+        }
+
+    def features(
+        self, split: str, tokens: Sequence[TokenType] = ("summary",), size: Grid | None = None
+    ) -> EncodedSplit:
+        """From disk; what is not there yet is extracted, for all tokens at once."""
+        size = size or self.size
+        if split not in self.data.splits:
+            raise ValueError(
+                f"the data set {self.data.name!r} has no {split} split: give it in the task file"
+            )
+        stores = self._stores(split, tokens, size)
+        works = plan(
+            [(self.column, self.data, split, token, size) for token in tokens], self.options
+        )
+        if works:
+            single = _alone(self.options)
+            extract(works, single, self.progress)
+            stores = self._stores(split, tokens, size)
+        values = {token: store.read() for token, store in stores.items()}
+        faults = next(iter(stores.values())).faults()
+        rows = sorted({fault.row for fault in faults})
+        self._faulty[split] = rows
+        keep = np.ones(len(self.data.splits[split]), dtype=bool)  # type: ignore[index]
+        keep[rows] = False
+        summary = patches = None
+        if "summary" in values:
+            kept = values["summary"] if not rows else values["summary"][keep]
+            summary = torch.from_numpy(np.array(kept, dtype=np.float32))
+        if "patches" in values:
+            patches = values["patches"] if not rows else values["patches"][keep]
+            if patches.dtype != np.float16:
+                patches = torch.from_numpy(np.array(patches))
+        grid = stores["patches"].grid if "patches" in stores else None
+        return EncodedSplit(summary, patches, grid, [fault.key for fault in faults])
+
+    def note_faults(self, split: str, token: TokenType, size: Grid) -> list[str]:
+        """Keys of the images that could not be read when this was extracted; left out from here."""
+        images = self.data.splits[split]  # type: ignore[index]
+        faults = store_of(self.column, images, size, token, self.options).faults()
+        self._faulty[split] = sorted({fault.row for fault in faults})
+        return [fault.key for fault in faults]
+
+    def _stores(
+        self, split: str, tokens: Sequence[TokenType], size: Grid
+    ) -> dict[TokenType, FeatureStore]:
+        images = self.data.splits[split]  # type: ignore[index]
+        return {token: store_of(self.column, images, size, token, self.options) for token in tokens}
+
+    def encode(self, images: Tensor) -> TokenFeatures:
+        """Float images in [0, 1] on the device of the network → features, differentiable."""
+        found: TokenFeatures = self.column.network(images)[self.column.member]
+        return found
+
+    def text_weights(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Unit rows ``(K, D)`` of the text tower; kept on disk.
+
+        Raises:
+            NotApplicable: this encoder has no text tower.
+            ValueError: the tower can't be had here.
+        """
+        text = self.column.text
+        if text is None:
+            raise NotApplicable(
+                f"{self.name} has no text tower: zero-shot needs an open_clip encoder, or a "
+                "student's head for an open_clip teacher"
+            )
+        weights = "" if text.checkpoint is None else file_digest(Path(text.checkpoint))
+        key = combined(
+            encoder=text.encoder,
+            weights=weights,
+            classes=tuple(classes),
+            templates=tuple(templates),
+        )
+        from multikd.retention.texts import cached_weights
+
+        return cached_weights(self.options.cache / "texts", key, text, classes, templates)
+
+
+def size_for(column: Column, data: EvalDataset) -> Grid:
+    """The data set's size where it states one, else the encoder's own."""
+    size = data.spec.size
+    return column.spec.image_size if size is None else (size, size)
+
+
+def _alone(options: ExtractOptions) -> ExtractOptions:
+    """The same on one device: for what rank 0 finds missing while the others have gone."""
+    import dataclasses
+
+    return dataclasses.replace(options, devices=1)
