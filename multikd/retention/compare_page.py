@@ -31,12 +31,12 @@ def render(found: Comparison) -> str:
 
 
 def _scores(found: Comparison) -> str:
-    head = [header("task"), header("encoder"), *(header(name) for name in found.names)]
+    head = [header("task"), *(header(name) for name in found.names)]
     rows = []
     for line in found.rows:
         task = line.task
         kind = "student" if line.ours else ""
-        cells = [cell(line.encoder, kind=kind)]
+        cells = []
         for value, change in zip(line.cells, line.differences, strict=True):
             if value is None or value.value is None:
                 cells.append(cell("–", kind=kind))
@@ -48,11 +48,11 @@ def _scores(found: Comparison) -> str:
                 notes.append(shown_difference(task, change))
             cells.append(cell(task.shown(value.value), notes, kind))
         arrow = "" if task.higher_is_better else ", lower is better"
-        rows.append(row(task.name, cells, f"{task.metric} {task.unit}".strip() + arrow))
+        unit = f"{task.metric} {task.unit}".strip() + arrow
+        rows.append(row(task.name, cells, f"{line.encoder}; {unit}"))
     for key, shares in mean_rows(found).items():
-        cells = [cell(key)]
-        cells += [cell("–" if share is None else percent(share)) for share in shares]
-        rows.append(row("mean share kept", cells, "of the best teacher’s"))
+        cells = [cell("–" if share is None else percent(share)) for share in shares]
+        rows.append(row("mean share kept", cells, key))
     return table(head, rows, "stuck") + (
         '<p class="small">Signed: the difference from the first run with a 95 % interval as of '
         "independent images, which is wider than a paired one; a star where it leaves 0 out.</p>"
