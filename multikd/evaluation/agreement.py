@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multikd.evaluation.knn import nearest_neighbours
+from multikd.evaluation.knn import Neighbours, nearest_neighbours
 from multikd.evaluation.task import (
     EncodedSplit,
     EvalSplit,
@@ -78,7 +78,7 @@ def mutual_neighbours(a: Tensor, b: Tensor, k: int = 10, chunk: int = 256) -> Te
         raise ValueError(
             f"k must be from 1 to {len(a) - 1}, the other images, received {k}: use a smaller k"
         )
-    near_a, near_b = (_neighbours_of_each(rows, k, chunk) for rows in (a, b))
+    near_a, near_b = (nearest_others(rows, k, chunk).indices for rows in (a, b))
     shared = (near_a.unsqueeze(2) == near_b.unsqueeze(1)).any(dim=2).sum(dim=1)
     return shared.to(torch.float64).cpu() / k
 
@@ -326,14 +326,15 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
     return (x.T @ y).square().sum()
 
 
-def _neighbours_of_each(rows: Tensor, k: int, chunk: int) -> Tensor:
-    """Indices ``(M, k)`` of the nearest others of every row."""
-    found = nearest_neighbours(rows, rows, k + 1, chunk).indices
-    own = torch.arange(len(rows), device=found.device).unsqueeze(1)
-    is_self = found == own
+def nearest_others(rows: Tensor, k: int, chunk: int = 256) -> Neighbours:
+    """The k nearest other rows of every row, nearest first; k from 1 to M − 1."""
+    found = nearest_neighbours(rows, rows, k + 1, chunk)
+    own = torch.arange(len(rows), device=found.indices.device).unsqueeze(1)
+    is_self = found.indices == own
     # A row with k + 1 exact copies of lower index does not see itself: its last one goes instead.
     is_self[~is_self.any(dim=1), -1] = True
-    return found[~is_self].view(len(rows), k)
+    shape = (len(rows), k)
+    return Neighbours(found.indices[~is_self].view(shape), found.similarities[~is_self].view(shape))
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
