@@ -40,8 +40,8 @@ class DataSpec:
 
     shards (``DIR``, ``x-{000..009}.tar``, an address, a list), an image folder (class = folder),
     ``torchvision:NAME:ROOT[:SPLIT]``, ``idx:IMAGES:LABELS``, a ``.csv``/``.parquet`` with the
-    columns ``path`` and ``label`` (or ``labels``: several, divided by ``;``), ``ade20k:ROOT:SPLIT``,
-    ``voc:ROOT:SPLIT``, ``masks:IMAGES:MASKS``, ``nyud:ROOT[:LIST]``,
+    columns ``path`` and ``label`` (or ``labels``: several, divided by ``;``),
+    ``ade20k:ROOT:SPLIT``, ``voc:ROOT:SPLIT``, ``masks:IMAGES:MASKS``, ``nyud:ROOT[:LIST]``,
     ``depth:IMAGES:DEPTHS[:UNITS]``.
 
     Attributes:

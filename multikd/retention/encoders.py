@@ -7,6 +7,7 @@ float32. An exported folder gives its student and the heads it holds. Anything e
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,12 @@ class Network(nn.Module):
         Raises:
             ValueError: from a run without data.
         """
+        raise NotImplementedError
+
+    def only(self, member: str) -> nn.Module:
+        """A module that does no more than this member needs: what it costs is measured on it."""
+        del member
+        return self
 
 
 class OneNetwork(Network):
@@ -122,6 +129,15 @@ class CheckpointNetwork(Network):
         parts = [part for head in self.heads for part in (head.ladder, head.normalizer)]
         self.parts = nn.ModuleList(parts)  # so that they move along
 
+    def only(self, member: str) -> nn.Module:
+        """See the base class."""
+        chosen = copy.copy(self)
+        chosen._modules = {"student": self.student}
+        chosen.heads = [head for head in self.heads if head.name == member]
+        parts = [part for head in chosen.heads for part in (head.ladder, head.normalizer)]
+        chosen.parts = nn.ModuleList(parts)
+        return chosen
+
     def forward(self, images: Tensor) -> dict[str, TokenFeatures]:
         """See the base class."""
         if not self.heads:
@@ -149,6 +165,16 @@ class FolderNetwork(Network):
         self.model = model
         self.names = tuple(heads)
         self._grid_for = grid_for
+
+    def only(self, member: str) -> nn.Module:
+        """See the base class."""
+        chosen = copy.copy(self)
+        chosen.names = (member,) if member != OWN else ()
+        chosen.model = copy.copy(self.model)
+        heads = nn.ModuleDict({name: self.model.heads[name] for name in chosen.names})
+        chosen.model._modules = {**self.model._modules, "heads": heads}
+        chosen._modules = {"model": chosen.model}
+        return chosen
 
     def forward(self, images: Tensor) -> dict[str, TokenFeatures]:
         """See the base class."""

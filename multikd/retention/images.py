@@ -76,7 +76,7 @@ class ImageSource(ABC):
         """Mask (mode ``I``: class of each pixel, 255 = ignored) or depth (mode ``F``, metres)."""
         raise ValueError(f"{type(self).__name__} has no masks and no depths")
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  most sources have nothing to look for
         """Look for what would fail later; raises ValueError."""
 
 

@@ -36,10 +36,11 @@ class Extractor(pl.LightningModule):
         self.network = network
         self.sink = sink
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+    def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Images become float in [0, 1] on the device; one forward pass gives everything."""
         images = batch.views[0].to(torch.float32).div_(255)
         self.sink.put(batch, self.network(images))
+        return len(batch)  # Lightning warns of a step that returns nothing
 
 
 class Bar(Callback):

@@ -226,5 +226,3 @@ def _asked(found: Evaluation) -> dict[Any, tuple[Column, EvalDataset]]:
         (column.name, data.name, split, token, size): (column, data)
         for column, data, split, token, size in _requests(found)
     }
-
-

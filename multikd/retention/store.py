@@ -171,7 +171,8 @@ class FeatureStore:
         if self.shape != tuple(shape) or self.grid != grid:
             raise ValueError(
                 f"the features of {self.about.get('encoder', 'the encoder')} are {tuple(shape)} on "
-                f"a grid of {grid}, and were {self.shape} on {self.grid} before: remove {self.folder}"
+                f"a grid of {grid}, and were {self.shape} on {self.grid} before: remove "
+                f"{self.folder}"
             )
 
     def _create(self, shape: tuple[int, ...], grid: Grid | None) -> None:

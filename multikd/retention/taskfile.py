@@ -95,7 +95,7 @@ def _class_entry(path: Path, name: str, task: Any) -> dict[str, Any]:
     if not isinstance(task, dict) or not ({"protocol", "class_path"} & set(task)):
         known = ", ".join(sorted(subclass_names(Task)))
         raise ValueError(
-            f"the task {name!r} of {path} names no protocol: write protocol: NAME and data: DATASET "
+            f"the task {name!r} of {path} names no protocol: write protocol: NAME and data: SET "
             f"(protocols: {known}, or the import path of your own)"
         )
     if "class_path" in task:
@@ -106,8 +106,6 @@ def _class_entry(path: Path, name: str, task: Any) -> dict[str, Any]:
     if "." not in protocol and protocol not in known_names:
         raise unknown_name(f"protocol (task {name!r})", protocol, known_names)
     return {"class_path": protocol, "init_args": rest}
-
-
 
 
 def _parse(path: Path, content: Mapping[str, Any]) -> Any:
@@ -123,6 +121,4 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Any:
 def _check_names(path: Path, data: Mapping[str, DataSpec], tasks: Mapping[str, Task]) -> None:
     for name, task in tasks.items():
         if task.data not in data:
-            raise unknown_name(
-                "data set", task.data, data, f"(task {name!r} of {path} names it)"
-            )
+            raise unknown_name("data set", task.data, data, f"(task {name!r} of {path} names it)")
