@@ -2,11 +2,11 @@ import base64
 import builtins
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from helpers.pages import Page
 from PIL import Image
 
 from multikd.demo.report import History, NeighbourRow, ReportData, Score, write_report
@@ -54,31 +54,6 @@ def data(**changes):
         "facts": {"export": "/tmp/<student>"},
     }  # fmt: skip
     return ReportData(**(values | changes))
-
-
-class Page(HTMLParser):
-    """Images, text, and whether every element is closed."""
-
-    VOID = ("meta", "img", "br", "link")
-
-    def __init__(self, source):
-        super().__init__()
-        self.images, self.words, self.open, self.tags = [], [], [], []
-        self.feed(source)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag == "img":
-            self.images.append(dict(attributes))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        self.words.append(text)
 
 
 @pytest.fixture(scope="module")
