@@ -220,7 +220,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
         axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
         middle = math.sqrt(min(costs) * max(costs))
         ticks = _round_ticks(min(costs) / 1.5, max(costs) * 1.5)
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes.set_xticks(ticks, [_short(t) for t in ticks])
         axes.minorticks_off()
     else:
         middle = (min(costs) + max(costs)) / 2
@@ -306,6 +306,14 @@ def _round_ticks(low: float, high: float) -> list[float]:
         if low <= m * 10.0**e <= high
     ]
     return found if len(found) <= 7 else [t for t in found if f"{t:e}"[0] == "1"] or found
+
+
+def _short(value: float) -> str:
+    """``5 M`` for five million."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g} {letter}"
+    return f"{value:g}"
 
 
 def _apart(points: Sequence[Point]) -> list[float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multikd.data.decode import SampleFault
 from multikd.evaluation.knn import nearest_neighbours
 from multikd.evaluation.task import EvalSplit, Subject
 from multikd.files import write_atomically
 from multikd.types import Grid
-
-log = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 FOLDER = "pictures"
@@ -72,26 +68,6 @@ class Gallery:
         except OSError:
             return None
         return data if data.startswith(b"\x89PNG\r\n\x1a\n") else None
-
-
-def picture_details(subject: Subject, gallery: Gallery) -> dict[str, Any]:
-    """What a run adds to the details of the first cell of an encoder on a data set.
-
-    Pictures are beside the point of an evaluation: what can't be drawn is said and left out.
-
-    Returns:
-        ``neighbours`` and ``pca``, as far as data set and encoder have them.
-    """
-    made: dict[str, Any] = {}
-    for key, draw in (("neighbours", neighbours), ("pca", patch_components)):
-        try:
-            drawn = draw(subject, gallery)
-        except (ValueError, OSError, SampleFault) as error:
-            log.warning("%s: no pictures (%s): %s", subject.name, key, error)
-            continue
-        if drawn is not None:
-            made[key] = drawn
-    return made
 
 
 def neighbours(

@@ -30,9 +30,9 @@ from multikd.retention.matrix import (
     mean_kept,
     pareto,
 )
+from multikd.retention.reading import FORMAT
 from multikd.types import EncoderSpec
 
-FORMAT = 1
 OURS = ("student", "head")
 # A cost that every encoder has, the first of these: (its place in `cost`, what the page calls it).
 _COSTS = (

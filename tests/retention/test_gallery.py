@@ -18,7 +18,6 @@ from multikd.retention.gallery import (
     component_maps,
     neighbours,
     patch_components,
-    picture_details,
 )
 
 
@@ -134,15 +133,12 @@ def test_a_map_has_one_pixel_a_patch(subject: MemorySubject, tmp_path: Path) -> 
     assert (drawn[..., 1:] == 128).all()
 
 
-def test_what_cannot_be_drawn_is_said_and_left_out(
-    subject: MemorySubject, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = picture_details(subject, Gallery(tmp_path))
-    assert sorted(made) == ["neighbours", "pca"]
+def test_features_that_are_not_finite_are_refused(subject: MemorySubject, tmp_path: Path) -> None:
     summaries = {name: torch.full((len(s), 3), torch.nan) for name, s in subject.splits.items()}
     broken = MemorySubject(subject.splits, features=fixed(**summaries), name="broken")
-    assert picture_details(broken, Gallery(tmp_path)) == {}
-    assert "broken: no pictures (neighbours)" in caplog.text
+    with pytest.raises(ValueError, match="must be finite"):
+        neighbours(broken, Gallery(tmp_path))
+    assert patch_components(broken, Gallery(tmp_path)) is None  # it has no patch tokens
 
 
 def test_only_pictures_of_the_folder_are_read(tmp_path: Path) -> None:
