@@ -7,9 +7,10 @@ with the shard. So one process and many write the same bytes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ from multikd.types import Batch, Grid, TokenFeatures, TokenType
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,19 @@ def plan(
     return list(works.values())
 
 
-def extract(works: Sequence[Work], options: ExtractOptions, progress: bool = True) -> bool:
+def extract(
+    works: Sequence[Work],
+    options: ExtractOptions,
+    progress: bool = True,
+    trainer: Any = None,
+) -> bool:
     """Run every piece of work; returns whether this process is the one that goes on (rank 0).
+
+    Args:
+        works: of ``plan``.
+        options: devices, batches, threads.
+        progress: show bars.
+        trainer: a Lightning trainer of one's own, in place of one made after ``options``.
 
     Raises:
         ValueError: too many images can't be read, or features are not finite.
@@ -226,4 +237,4 @@ def extract(works: Sequence[Work], options: ExtractOptions, progress: bool = Tru
         return True
     from multikd.retention.predict import Runner
 
-    return Runner(options, progress).run(works)
+    return Runner(options, progress, trainer).run(works)

@@ -17,15 +17,9 @@ from multikd.retention.digest import combined
 from multikd.retention.encoders import Column
 from multikd.retention.gallery import Gallery, neighbours, patch_components
 from multikd.retention.page import write_page
-from multikd.retention.results import (
-    EncoderFacts,
-    Scored,
-    TaskFacts,
-    build_results,
-    results_table,
-    write_results,
-)
+from multikd.retention.results import build_results, encoder_entry, task_entry, write_results
 from multikd.retention.run import Evaluation
+from multikd.retention.terminal import results_table
 from multikd.types import Grid
 
 if TYPE_CHECKING:
@@ -47,16 +41,23 @@ def present(
     if settings.pictures:
         _add_pictures(found, Gallery(out))
     costs = _costs(found, settings, device) if settings.cost else {}
-    encoders = [_facts(column, costs.get(column.name)) for column in found.columns]
+    encoders = [
+        encoder_entry(
+            column.name,
+            column.role,
+            column.spec,
+            fingerprint=column.fingerprint,
+            source=column.source,
+            head=column.head,
+            cost=costs.get(column.name),
+        )
+        for column in found.columns
+    ]
     tasks = [
-        TaskFacts.of(name, task, found.subjects[found.columns[0].name, task.data].splits)
+        task_entry(name, task, _images(found, task.data))
         for name, task in found.tasks.tasks.items()
     ]
-    scored = [
-        Scored(cell.task, cell.encoder, cell.result, cell.seconds, cell.error)
-        for cell in found.cells
-    ]
-    results = build_results(encoders, tasks, scored, command=command_line())
+    results = build_results(encoders, tasks, found.cells, command=command_line())
     results["unreadable"] = found.faults
     paths = write_results(out, results)
     page = _page(results, out)
@@ -71,20 +72,10 @@ def present(
     return "\n".join(lines), results
 
 
-def _facts(column: Column, cost: Mapping[str, Any] | None) -> EncoderFacts:
-    spec = column.spec
-    return EncoderFacts(
-        name=column.name,
-        role=column.role,
-        source=column.source,
-        fingerprint=column.fingerprint,
-        licence=spec.licence,
-        head=column.head,
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        widths={"summary": spec.widths.summary, "patches": spec.widths.patches},
-        cost=None if cost is None else dict(cost),
-    )
+def _images(found: Evaluation, data: str) -> dict[str, int]:
+    """Images of each split that every encoder could be scored on."""
+    splits = found.subjects[found.columns[0].name, data].splits
+    return {name: len(split) for name, split in splits.items()}
 
 
 def _add_pictures(found: Evaluation, gallery: Gallery) -> None:

@@ -91,11 +91,15 @@ class Runner:
     Args:
         options: devices, batches, threads.
         progress: show bars.
+        trainer: to be used instead of one that is made.
     """
 
-    def __init__(self, options: ExtractOptions, progress: bool) -> None:
+    def __init__(
+        self, options: ExtractOptions, progress: bool, trainer: pl.Trainer | None = None
+    ) -> None:
         self.options = options
         self.progress = progress
+        self.given = trainer
 
     def run(self, works: Sequence[Work]) -> bool:
         """See ``extract``."""
@@ -103,7 +107,7 @@ class Runner:
         handler = signal.getsignal(signal.SIGINT)
         with _without_noise():
             bar = Bar(self.progress)
-            trainer = self._trainer(bar)
+            trainer = self.given or self._trainer(bar)
             try:
                 with bar.open():
                     for work in works:

@@ -140,7 +140,8 @@ class FeatureStore:
             ValueError: rows of another shape than the store's, values that the dtype can't hold, or
                 a full disk.
         """
-        kept = values.astype(self.key.dtype)
+        with np.errstate(over="ignore"):  # what does not fit is found below
+            kept = values.astype(self.key.dtype)
         if not np.isfinite(kept).all():
             raise ValueError(
                 f"the {self.key.token} of {self.about.get('encoder', 'the encoder')} holds values "
