@@ -97,6 +97,13 @@ def prepare(
             task.check(data[task.data].splits, specs)
         except ValueError as error:
             raise ValueError(f"task {name!r}: {error}") from error
+        if task.compares:
+            task.teachers = _teachers(found, task.data)
+            if not task.teachers:
+                raise ValueError(
+                    f"task {name!r}: {type(task).__name__} compares with teachers, and there are "
+                    "none: pass --with-teachers with a checkpoint, or leave the task out"
+                )
         if not any(task.applies(subjects[column.name, task.data]) for column in columns):
             raise ValueError(
                 f"task {name!r}: {type(task).__name__} applies to none of the encoders "
@@ -145,8 +152,6 @@ def _score(found: Evaluation, name: str, task: Task, column: Column, device: str
     column.network.to(device)
     try:
         if task.applies(subject):
-            if task.compares:
-                task.teachers = _teachers(found, task.data, device)
             cell.result = task.score(subject)
     except NotApplicable as reason:
         log.info("%s · %s: %s", name, column.name, reason)
@@ -159,7 +164,7 @@ def _score(found: Evaluation, name: str, task: Task, column: Column, device: str
     return cell
 
 
-def _teachers(found: Evaluation, data: str, device: str) -> Mapping[str, EncoderSubject]:
+def _teachers(found: Evaluation, data: str) -> Mapping[str, EncoderSubject]:
     return {
         column.name: found.subjects[column.name, data]
         for column in found.columns
@@ -175,7 +180,8 @@ def _requests(
     for task in found.tasks.tasks.values():
         data = found.data[task.data]
         for column in found.columns:
-            if not task.applies(found.subjects[column.name, task.data]):
+            compared = task.compares and column.role == "teacher"
+            if not compared and not task.applies(found.subjects[column.name, task.data]):
                 continue
             for request in task.requests(column.spec):
                 if request.split not in data.splits:
