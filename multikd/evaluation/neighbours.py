@@ -25,8 +25,8 @@ _GROUP = 64
 _SPARE = 28
 # Queries multiplied at once at most; more is no faster.
 _ROWS = 512
-# Values of a block that stays in a processor's cache.
-_CACHED = 2**15
+# Values converted at once: few enough for a processor's cache, enough for several threads.
+_CONVERTED = 2**17
 # Where even float64 products can't separate rows, similarities on this grid decide.
 _TIE_GRID = 2.0**-44
 
@@ -77,13 +77,14 @@ def nearest_neighbours(
     device = torch.device("cpu") if bank.device.type == "mps" else bank.device
     bank, queries = bank.detach().to(device), queries.detach().to(device)
     with _full_precision(device.type):
-        norms = _norms(bank, "bank")
-        query_norms = _norms(queries, "queries")
+        memory = memory_mb * 2**20
+        norms = _norms(bank, "bank", memory)
+        query_norms = _norms(queries, "queries", memory)
         indices = torch.empty((len(queries), k), dtype=torch.int64, device=device)
         similarities = torch.empty((len(queries), k), dtype=torch.float64, device=device)
         todo = torch.arange(len(queries), device=device)
         for dtype in (torch.float32, torch.float64):
-            search = _Search(bank, norms, queries, query_norms, k, dtype, memory_mb * 2**20)
+            search = _Search(bank, norms, queries, query_norms, k, dtype, memory)
             missed = []
             for rows in search.groups(todo):
                 found = search.run(rows)
@@ -125,9 +126,12 @@ class _Search:
         self.tiles = math.ceil(rows / self.tile)
         # Products, their group maxima, the columns looked at; a query in float64 and in dtype.
         columns = self.tile + 2 * _GROUP + self.tile // _GROUP + 2 * _GROUP * self.kept
-        state = self.tiles * self.kept * (size + 80)
-        self.rows = max(1, min(_ROWS, int(self.memory / 4 / (size * columns + 24 * width))))
-        self.group = max(self.rows, int(self.memory / 8 / state))
+        row = size * columns + 24 * width
+        self.rows = max(1, min(_ROWS, int(self.memory / 4 / row)))
+        # Candidates of all queries between the tiles: in what is left, with room to sort them.
+        left = 0.75 * (self.memory - self.tile * width * size - self.rows * row)
+        self.group = max(self.rows, int(left / (self.tiles * self.kept * (size + 80))))
+        self.step = _step(self.memory, width)
         unit = torch.finfo(self.dtype).eps / 2
         # Each factor is rounded once (8 covers both and their products), each product D times.
         self.bound = (width + 8) * unit / (1 - (width + 8) * unit)
@@ -203,7 +207,7 @@ class _Search:
         Every one is a row-wise product summed in the same order, so that equal rows of the bank
         have equal similarities to the last bit, which no matrix product promises.
         """
-        step = max(1, _CACHED // self.bank.shape[1])
+        step = self.step
         for first in range(0, len(rows), self.rows):
             where = slice(first, first + self.rows)
             unit = self._unit_queries(rows[where])
@@ -220,7 +224,7 @@ class _Search:
     def _bank_tiles(self) -> Iterator[tuple[int, Tensor]]:
         """Start and unit rows of every tile of the bank."""
         width = self.bank.shape[1]
-        step = max(1, _CACHED // width)
+        step = self.step
         buffer = self.bank.new_empty((self.tile, width), dtype=self.dtype)
         for start in range(0, len(self.bank), self.tile):
             stop = min(start + self.tile, len(self.bank))
@@ -271,22 +275,31 @@ def _stable_top(similarities: Tensor, k: int) -> Neighbours:
     return Neighbours(indices.gather(1, order), values.gather(1, order))
 
 
-def _norms(rows: Tensor, name: str) -> Tensor:
+def _norms(rows: Tensor, name: str, memory: float) -> Tensor:
     """Float64 Euclidean norms ``(M,)``, 1 for a row of zeros.
 
     Raises:
         ValueError: a value that is not finite.
     """
     norms = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-    step = max(1, _CACHED // max(1, rows.shape[1]))
+    step = _step(memory, rows.shape[1])
     for start in range(0, len(rows), step):
         some = rows[start : start + step].to(torch.float64)
-        if not bool(torch.isfinite(some).all()):
-            raise ValueError(f"the features of the {name} must be finite, received NaN or infinity")
-        # Squares of the largest and the smallest float64 values leave its range.
-        largest = some.abs().amax(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-        norms[start : start + step] = largest * (some / largest[:, None]).norm(dim=1)
+        if rows.dtype == torch.float64:
+            # Squares of its largest and smallest values leave its range; others' don't.
+            scale = some.abs().amax(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+            found = scale * torch.linalg.vector_norm(some / scale[:, None], dim=1)
+        else:
+            found = torch.linalg.vector_norm(some, dim=1)
+        norms[start : start + step] = found
+    if not bool(torch.isfinite(norms).all()):
+        raise ValueError(f"the features of the {name} must be finite, received NaN or infinity")
     return torch.where(norms > 0, norms, 1.0)
+
+
+def _step(memory: float, width: int) -> int:
+    """Rows converted to float64 at once."""
+    return max(1, min(_CONVERTED, int(memory / 64)) // max(1, width))
 
 
 @contextmanager
