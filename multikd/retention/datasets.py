@@ -79,7 +79,7 @@ class ImageSplit:
         rows: int64 ``(M,)``.
         crop: see ``DataSpec``.
         metadata: column → M values.
-        keys, labels, classes, dense: see ``EvalSplit``.
+        classes, labels, keys, dense: see ``EvalSplit``.
     """
 
     name: str
@@ -89,16 +89,12 @@ class ImageSplit:
     metadata: Mapping[str, Sequence[str]] = field(default_factory=dict)
     classes: Sequence[str] | None = None
     labels: Tensor | None = None
+    keys: Sequence[str] = field(init=False, repr=False)
+    dense: Dense | None = field(init=False)
 
-    @property
-    def keys(self) -> Sequence[str]:
-        """One an image."""
-        return [self.source.keys[row] for row in self.rows.tolist()]
-
-    @property
-    def dense(self) -> Dense | None:
-        """What ``target`` gives."""
-        return self.source.dense
+    def __post_init__(self) -> None:
+        self.keys = [self.source.keys[row] for row in self.rows.tolist()]
+        self.dense = self.source.dense
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -197,8 +193,7 @@ class ImageSplit:
             try:
                 pixels[row] = self.pixels(place, size, interpolation)
             except SampleFault as fault:
-                key = self.source.keys[int(self.rows[place])]
-                faults.append(Fault(fault.cause, self.name, key, fault.detail))
+                faults.append(Fault(fault.cause, self.name, self.keys[place], fault.detail))
                 pixels[row] = self._stand_in(place, size, interpolation)
         labels = torch.full((len(places),), -1, dtype=torch.int64)
         if self.labels is not None and self.labels.ndim == 1:
@@ -206,7 +201,7 @@ class ImageSplit:
         return Batch(
             views=[torch.from_numpy(pixels)],
             labels=labels,
-            keys=[self.source.keys[row] for row in self.rows[places].tolist()],
+            keys=[self.keys[place] for place in places.tolist()],
             dataset=torch.zeros(len(places), dtype=torch.int64),
             positions=torch.from_numpy(places),
             samples=torch.from_numpy(self.rows[places]),
@@ -234,7 +229,7 @@ class EvalDataset:
 
     name: str
     spec: DataSpec
-    splits: dict[SplitName, ImageSplit]
+    splits: dict[str, ImageSplit]
 
     def check_faults(self, split: str, faults: int, seen: int) -> None:
         """Stop where too many images can't be read.
@@ -258,7 +253,7 @@ def open_data(name: str, spec: DataSpec) -> EvalDataset:
     """
     _check_spec(name, spec)
     classes = None if spec.classes is None else tuple(spec.classes)
-    splits: dict[SplitName, ImageSplit] = {}
+    splits: dict[str, ImageSplit] = {}
     sources: dict[str, ImageSource] = {}
     order: tuple[SplitName, ...] = ("train", "val", "test")
     for split in order:

@@ -168,13 +168,11 @@ class FolderNetwork(Network):
 
     def only(self, member: str) -> nn.Module:
         """See the base class."""
-        chosen = copy.copy(self)
-        chosen.names = (member,) if member != OWN else ()
-        chosen.model = copy.copy(self.model)
-        heads = nn.ModuleDict({name: self.model.heads[name] for name in chosen.names})
-        chosen.model._modules = {**self.model._modules, "heads": heads}
-        chosen._modules = {"model": chosen.model}
-        return chosen
+        names = (member,) if member != OWN else ()
+        heads = nn.ModuleDict({name: self.model.heads[name] for name in names})
+        model = copy.copy(self.model)
+        model._modules = {**self.model._modules, "heads": heads}  # a copy shares its dictionaries
+        return FolderNetwork(model, names, self._grid_for)
 
     def forward(self, images: Tensor) -> dict[str, TokenFeatures]:
         """See the base class."""
@@ -415,7 +413,7 @@ def _open_folder(alias: str | None, path: Path, options: OpenOptions) -> list[Co
         [loaded.model.encoder],
         str(path),
         {h: [loaded.model.heads[h]] for h in heads},
-        {h: about["heads"][h]["teacher"] for h in heads},
+        {h: loaded.model.about["heads"][h]["teacher"] for h in heads},
     )
 
 

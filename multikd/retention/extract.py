@@ -30,7 +30,6 @@ from multikd.types import Batch, Grid, TokenFeatures, TokenType
 log = logging.getLogger(__name__)
 
 
-
 @dataclass(frozen=True)
 class ExtractOptions:
     """How features are computed and kept.
@@ -201,7 +200,7 @@ def plan(
     """
     works: dict[tuple[int, str, str, Grid, str], Work] = {}
     for column, data, split_name, token, size in requests:
-        split = data.splits[split_name]  # type: ignore[index]
+        split = data.splits[split_name]
         store = store_of(column, split, size, token, options)
         missing = store.missing()
         if not missing:

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multikd.evaluation.task import EncodedSplit, NotApplicable
-from multikd.retention.datasets import EvalDataset, ImageSplit
+from multikd.evaluation.task import EncodedSplit, EvalSplit, NotApplicable
+from multikd.retention.datasets import EvalDataset
 from multikd.retention.digest import combined, file_digest
 from multikd.retention.encoders import Column
 from multikd.retention.extract import ExtractOptions, extract, plan, store_of
-from multikd.retention.store import FeatureStore
+from multikd.retention.store import FeatureStore, RowFault
 from multikd.types import EncoderSpec, Grid, TokenFeatures, TokenType
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class EncoderSubject:
         self.name = column.name
         self.spec: EncoderSpec = column.spec
         self.head = column.head
-        self._faulty: dict[str, list[int]] = {}
+        self.splits: Mapping[str, EvalSplit] = dict(data.splits)
 
     @property
     def fingerprint(self) -> str:
@@ -55,14 +56,6 @@ class EncoderSubject:
     def size(self) -> Grid:
         """At which this encoder sees this data set."""
         return size_for(self.column, self.data)
-
-    @property
-    def splits(self) -> Mapping[str, ImageSplit]:
-        """Of the data set, without the images that could not be read."""
-        return {
-            name: split.without(self._faulty[name]) if self._faulty.get(name) else split
-            for name, split in self.data.splits.items()
-        }
 
     def features(
         self, split: str, tokens: Sequence[TokenType] = ("summary",), size: Grid | None = None
@@ -83,32 +76,40 @@ class EncoderSubject:
             stores = self._stores(split, tokens, size)
         values = {token: store.read() for token, store in stores.items()}
         faults = next(iter(stores.values())).faults()
-        rows = sorted({fault.row for fault in faults})
-        self._faulty[split] = rows
-        keep = np.ones(len(self.data.splits[split]), dtype=bool)  # type: ignore[index]
+        rows = self._leave_out(split, faults)
+        keep = np.ones(len(self.data.splits[split]), dtype=bool)
         keep[rows] = False
-        summary = patches = None
+        summary: Tensor | None = None
+        patches: Tensor | npt.NDArray[np.float16] | None = None
         if "summary" in values:
             kept = values["summary"] if not rows else values["summary"][keep]
             summary = torch.from_numpy(np.array(kept, dtype=np.float32))
         if "patches" in values:
-            patches = values["patches"] if not rows else values["patches"][keep]
-            if patches.dtype != np.float16:
-                patches = torch.from_numpy(np.array(patches))
+            tokens_kept = values["patches"] if not rows else values["patches"][keep]
+            patches = tokens_kept
+            if tokens_kept.dtype != np.float16:
+                patches = torch.from_numpy(np.array(tokens_kept))
         grid = stores["patches"].grid if "patches" in stores else None
         return EncodedSplit(summary, patches, grid, [fault.key for fault in faults])
 
     def note_faults(self, split: str, token: TokenType, size: Grid) -> list[str]:
         """Keys of the images that could not be read when this was extracted; left out from here."""
-        images = self.data.splits[split]  # type: ignore[index]
+        images = self.data.splits[split]
         faults = store_of(self.column, images, size, token, self.options).faults()
-        self._faulty[split] = sorted({fault.row for fault in faults})
+        self._leave_out(split, faults)
         return [fault.key for fault in faults]
+
+    def _leave_out(self, split: str, faults: Sequence[RowFault]) -> list[int]:
+        """Rows of these images; from here on the split is without them."""
+        rows = sorted({fault.row for fault in faults})
+        if rows:
+            self.splits = {**self.splits, split: self.data.splits[split].without(rows)}
+        return rows
 
     def _stores(
         self, split: str, tokens: Sequence[TokenType], size: Grid
     ) -> dict[TokenType, FeatureStore]:
-        images = self.data.splits[split]  # type: ignore[index]
+        images = self.data.splits[split]
         return {token: store_of(self.column, images, size, token, self.options) for token in tokens}
 
     def encode(self, images: Tensor) -> TokenFeatures:

@@ -20,7 +20,7 @@ EVERYTHING = OpenOptions(heads="all", with_teachers=True)
 
 def test_a_checkpoint_gives_student_heads_and_teachers(run: Run) -> None:
     columns = {c.name: c for c in open_encoders([f"mine={run.checkpoint}"], EVERYTHING)}
-    assert list(columns) == ["mine", "mine+vit", "mine+net", "vit", "net"]
+    assert list(columns) == ["mine", "mine+net", "mine+vit", "net", "vit"]
     assert [c.role for c in columns.values()] == ["student", "head", "head", "teacher", "teacher"]
     assert columns["mine+net"].head == "net"
     images = torch.rand(2, 3, 32, 32)
@@ -44,7 +44,7 @@ def test_a_checkpoint_gives_student_heads_and_teachers(run: Run) -> None:
 
 
 def test_only_does_what_its_member_needs(run: Run) -> None:
-    student, _, net = open_encoders([str(run.checkpoint)], OpenOptions(heads="all"))
+    student, net, _ = open_encoders([str(run.checkpoint)], OpenOptions(heads="all"))
     images = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert set(student.network.only(OWN)(images)) == {OWN}
@@ -125,4 +125,4 @@ def test_two_students_share_their_teachers(run: Run, tmp_path: Path) -> None:
     copy = tmp_path / "other.ckpt"
     shutil.copy(run.checkpoint, copy)
     columns = open_encoders([f"a={run.checkpoint}", f"b={copy}"], OpenOptions(with_teachers=True))
-    assert [c.name for c in columns] == ["a", "vit", "net", "b"]
+    assert [c.name for c in columns] == ["a", "net", "vit", "b"]
