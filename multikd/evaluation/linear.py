@@ -31,6 +31,9 @@ class LogisticFit:
         predictions: int64 ``(B,)``, one of the train labels for every test row.
         probabilities: float64 ``(B, K)`` of the ``classes``, rows summing to 1.
         classes: int64 ``(K,)``, the train labels, ascending.
+        weight: float64 ``(K, D)`` on features as they are: ``softmax(x @ weightᵀ + bias)`` are the
+            probabilities.
+        bias: float64 ``(K,)``.
         c: inverse strength of the penalty that was used.
         iterations: L-BFGS iterations of the final fit.
         converged: False where the final fit stopped at ``max_iterations``.
@@ -41,6 +44,8 @@ class LogisticFit:
     predictions: Tensor
     probabilities: Tensor
     classes: Tensor
+    weight: Tensor
+    bias: Tensor
     c: float
     iterations: int
     converged: bool
@@ -97,11 +102,14 @@ def logistic_regression(
     model = _model(max_iterations, tolerance)
     scaled_train, scaled_test = _standardise(train, test) if standardise else (train, test)
     _fit(model, c, scaled_train, labels)
+    weight, bias = _affine(model, train if standardise else None)
     iterations = int(np.max(model.n_iter_))
     return LogisticFit(
         predictions=torch.from_numpy(model.predict(scaled_test).astype(np.int64)),
         probabilities=torch.from_numpy(_probabilities(model, scaled_test)),
         classes=torch.from_numpy(model.classes_.astype(np.int64)),
+        weight=weight,
+        bias=bias,
         c=float(c),
         iterations=iterations,
         converged=iterations < max_iterations,
@@ -175,13 +183,31 @@ def _probabilities(model: Any, rows: Array) -> Array:
     return shares
 
 
-def _standardise(train: Array, test: Array) -> tuple[Array, Array]:
+def _affine(model: Any, train: Array | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias on features as they are, whatever the fit standardised."""
+    weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(weight) == 1:  # two classes: one row, of the second against the first
+        weight = np.concatenate([np.zeros_like(weight), weight])
+        bias = np.concatenate([np.zeros_like(bias), bias])
+    if train is not None:
+        mean, std, constant = _scaling(train)
+        weight = np.where(constant, 0.0, weight / std)
+        bias = bias - weight @ mean
+    return torch.from_numpy(weight), torch.from_numpy(bias)
+
+
+def _scaling(train: Array) -> tuple[Array, Array, Array]:
+    """Mean, deviation (1 where constant), and which features are constant."""
     mean = train.mean(axis=0, dtype=np.float64)
     std = train.std(axis=0, dtype=np.float64)
     # A constant feature's deviation is rounding noise, and would be blown up to unit size.
     noise = 10 * np.finfo(train.dtype).eps * np.abs(mean)
     constant = std <= noise
-    std = np.where(constant, 1.0, std)
+    return mean, np.where(constant, 1.0, std), constant
+
+
+def _standardise(train: Array, test: Array) -> tuple[Array, Array]:
+    mean, std, constant = _scaling(train)
 
     def scale(rows: Array) -> Array:
         scaled = (rows.astype(np.float64) - mean) / std

@@ -113,8 +113,9 @@ class EncoderSubject:
         return {token: store_of(self.column, images, size, token, self.options) for token in tokens}
 
     def encode(self, images: Tensor) -> TokenFeatures:
-        """Float images in [0, 1] on the device of the network → features, differentiable."""
-        found: TokenFeatures = self.column.network(images)[self.column.member]
+        """Float images in [0, 1] → features on the device of the network; differentiable."""
+        weights = next(self.column.network.parameters(), images)
+        found: TokenFeatures = self.column.network(images.to(weights.device))[self.column.member]
         return found
 
     def text_weights(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
