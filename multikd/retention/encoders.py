@@ -228,9 +228,15 @@ def open_encoders(texts: Sequence[str], options: OpenOptions | None = None) -> l
     """
     asked = options or OpenOptions()
     columns: list[Column] = []
+    heads: list[str] = []
     for text in texts:
-        columns += open_encoder(text, asked)
-    _check_heads(columns, texts, asked)
+        opened, known = open_encoder(text, asked)
+        columns += opened
+        heads += known
+    for head in () if asked.heads == "all" else asked.heads:
+        if head not in heads:
+            where = f"(in {', '.join(texts)})"
+            raise unknown_name("head", head, sorted(set(heads)), where)
     seen: dict[str, Column] = {}
     for column in list(columns):
         twin = seen.get(column.name)
@@ -249,8 +255,8 @@ def open_encoders(texts: Sequence[str], options: OpenOptions | None = None) -> l
     return columns
 
 
-def open_encoder(text: str, options: OpenOptions) -> list[Column]:
-    """The columns of one ``[NAME=]ENCODER``."""
+def open_encoder(text: str, options: OpenOptions) -> tuple[list[Column], list[str]]:
+    """The columns of one ``[NAME=]ENCODER``, and the heads that it has, asked for or not."""
     named = _NAMED.match(text)
     alias, place = (named.group(1), named.group(2)) if named else (None, text)
     path = Path(place).expanduser()
@@ -265,7 +271,7 @@ def open_encoder(text: str, options: OpenOptions) -> list[Column]:
             f"there is no encoder {place}: expected a checkpoint of `multikd fit`, an exported "
             "folder, or a name such as timm:NAME, open_clip:NAME/TAG, packaged:NAME"
         )
-    return [_open_named(alias or place, place)]
+    return [_open_named(alias or place, place)], []
 
 
 def _open_named(name: str, place: str) -> Column:
@@ -294,7 +300,9 @@ def _teacher_column(
     return Column(name, role, spec, fingerprint([encoder], spec), source, OWN, network, text=text)
 
 
-def _open_checkpoint(alias: str | None, path: Path, options: OpenOptions) -> list[Column]:
+def _open_checkpoint(
+    alias: str | None, path: Path, options: OpenOptions
+) -> tuple[list[Column], list[str]]:
     trained = load_student(path, options.weights)
     settings: dict[str, Any] = trained.config["model"].get("init_args", {})
     teachers: dict[str, Any] = settings.get("teachers") or {}
@@ -313,7 +321,7 @@ def _open_checkpoint(alias: str | None, path: Path, options: OpenOptions) -> lis
     if options.with_teachers:
         for teacher_name, of_run in teachers.items():
             columns.append(_run_teacher(trained, teacher_name, of_run))
-    return columns
+    return columns, list(teachers)
 
 
 def _student_columns(
@@ -386,7 +394,9 @@ def build(base: type[Any], settings: dict[str, Any]) -> Any:
     return parser.instantiate(parser.parse_object({"object": settings})).object
 
 
-def _open_folder(alias: str | None, path: Path, options: OpenOptions) -> list[Column]:
+def _open_folder(
+    alias: str | None, path: Path, options: OpenOptions
+) -> tuple[list[Column], list[str]]:
     from multikd.export.folder import MANIFEST
 
     if not (path / "config.json").is_file():
@@ -396,7 +406,7 @@ def _open_folder(alias: str | None, path: Path, options: OpenOptions) -> list[Co
         )
     name = alias or path.resolve().name
     if not (path / MANIFEST).is_file():
-        return [_open_named(name, f"exported:{path}")]
+        return [_open_named(name, f"exported:{path}")], []
     from multikd.export.load import load
     from multikd.teachers import BackboneEncoder
 
@@ -406,7 +416,7 @@ def _open_folder(alias: str | None, path: Path, options: OpenOptions) -> list[Co
     licence = str(about.get("licence") or "") or None
     backbone = BackboneEncoder(loaded.model.encoder, name=name, licence=licence, source=str(path))
     network = FolderNetwork(loaded.model, heads, backbone.grid_for).eval().requires_grad_(False)
-    return _student_columns(
+    columns = _student_columns(
         network,
         name,
         backbone.spec,
@@ -415,18 +425,4 @@ def _open_folder(alias: str | None, path: Path, options: OpenOptions) -> list[Co
         {h: [loaded.model.heads[h]] for h in heads},
         {h: loaded.model.about["heads"][h]["teacher"] for h in heads},
     )
-
-
-def _check_heads(columns: Sequence[Column], texts: Sequence[str], options: OpenOptions) -> None:
-    if options.heads == "all":
-        return
-    there = {column.head for column in columns}
-    for head in options.heads:
-        if head not in there:
-            raise unknown_name("head", head, _known_heads(texts), f"(in {', '.join(texts)})")
-
-
-def _known_heads(texts: Sequence[str]) -> list[str]:
-    """Heads that the encoders do have; opened again, which only a mistake costs."""
-    found = open_encoders(texts, OpenOptions(heads="all"))
-    return sorted({column.head for column in found if column.head is not None})
+    return columns, list(loaded.heads)
