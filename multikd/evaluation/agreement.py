@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multikd.evaluation.knn import Neighbours, nearest_neighbours
+from multikd.evaluation.neighbours import Neighbours, nearest_neighbours
 from multikd.evaluation.task import (
     EncodedSplit,
     EvalSplit,
@@ -58,7 +58,7 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
     return float(_cross(x, y)) / math.sqrt(own_x * own_y)
 
 
-def mutual_neighbours(a: Tensor, b: Tensor, k: int = 10, chunk: int = 256) -> Tensor:
+def mutual_neighbours(a: Tensor, b: Tensor, k: int = 10) -> Tensor:
     """Share of each image's k nearest others on which both encoders agree; float64 ``(M,)``.
 
     ``|N_a(i) ∩ N_b(i)| / k`` with cosine similarity and the image itself left out. Two unrelated
@@ -68,7 +68,6 @@ def mutual_neighbours(a: Tensor, b: Tensor, k: int = 10, chunk: int = 256) -> Te
         a: ``(M, D_a)``.
         b: ``(M, D_b)``, the same images in the same order.
         k: from 1 to M − 1.
-        chunk: images compared at once.
 
     Raises:
         ValueError: shapes that do not fit, k out of range, or values that are not finite.
@@ -78,7 +77,7 @@ def mutual_neighbours(a: Tensor, b: Tensor, k: int = 10, chunk: int = 256) -> Te
         raise ValueError(
             f"k must be from 1 to {len(a) - 1}, the other images, received {k}: use a smaller k"
         )
-    near_a, near_b = (nearest_others(rows, k, chunk).indices for rows in (a, b))
+    near_a, near_b = (nearest_others(rows, k).indices for rows in (a, b))
     shared = (near_a.unsqueeze(2) == near_b.unsqueeze(1)).any(dim=2).sum(dim=1)
     return shared.to(torch.float64).cpu() / k
 
@@ -148,14 +147,11 @@ class _Agreement(Task):
         return ("summary",)
 
     def applies(self, subject: Subject) -> bool:
-        """There is a teacher other than the encoder itself."""
-        return bool(self._others(subject))
-
-    def _others(self, subject: Subject) -> dict[str, Subject]:
-        return {name: t for name, t in self.teachers.items() if name != subject.name}
+        """Only what learned from teachers: a teacher's share of another teacher says nothing."""
+        return subject.name not in self.teachers
 
     def _compared(self, subject: Subject) -> dict[str, Subject]:
-        others = self._others(subject)
+        others = {name: t for name, t in self.teachers.items() if name != subject.name}
         if not others:
             raise NotApplicable(
                 f"{type(self).__name__} compares {subject.name!r} with teachers, and there are "
@@ -199,8 +195,9 @@ class _Agreement(Task):
 class CKA(_Agreement):
     """Linear CKA with each teacher (Kornblith et al. 2019), and their mean as the value."""
 
-    metric = "cka"
+    metric = "CKA"
     unit = ""
+    source = "Kornblith et al. 2019, arXiv 1905.00414, equation 3"
 
     def score(self, subject: Subject) -> TaskResult:
         """Mean over teachers; ``metrics`` has each."""
@@ -220,6 +217,7 @@ class MutualNeighbours(_Agreement):
     k: int = 10
 
     metric = "mutual k-NN"
+    source = "Huh et al. 2024, arXiv 2405.07987, section 2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,6 +259,7 @@ class HeadCosine(_Agreement):
 
     metric = "cosine"
     unit = ""
+    source = "cosine of prediction and target, as in Heinrich et al. 2024, arXiv 2410.01680"
 
     def _asked(self) -> tuple[TokenType, ...]:
         return (self.of,)
@@ -326,9 +325,9 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
     return (x.T @ y).square().sum()
 
 
-def nearest_others(rows: Tensor, k: int, chunk: int = 256) -> Neighbours:
+def nearest_others(rows: Tensor, k: int) -> Neighbours:
     """The k nearest other rows of every row, nearest first; k from 1 to M − 1."""
-    found = nearest_neighbours(rows, rows, k + 1, chunk)
+    found = nearest_neighbours(rows, rows, k + 1)
     own = torch.arange(len(rows), device=found.indices.device).unsqueeze(1)
     is_self = found.indices == own
     # A row with k + 1 exact copies of lower index does not see itself: its last one goes instead.

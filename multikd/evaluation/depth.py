@@ -111,6 +111,7 @@ class LinearDepth(Task):
     training: ProbeTraining = field(default_factory=ProbeTraining)
 
     metric = "RMSE"
+    source = "linear depth: Oquab et al. 2023, arXiv 2304.07193, section 7.4"
     unit = "m"
     higher_is_better = False
     tokens = ("patches",)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from multikd.evaluation.agreement import nearest_others
-from multikd.evaluation.knn import nearest_neighbours
+from multikd.evaluation.neighbours import nearest_neighbours
 
 FINE, WATCH, DISTIL = "fine", "watch", "distil again"
 

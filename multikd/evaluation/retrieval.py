@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from multikd.evaluation.groups import group_scores, metadata_column
+from multikd.evaluation.labelled import by_groups, check_groups
 from multikd.evaluation.patch_probe import readable_rows
 from multikd.evaluation.task import EvalSplit, Request, Subject, Task, TaskResult
 from multikd.types import EncoderSpec
@@ -110,17 +110,18 @@ class Retrieval(Task):
         gallery: ``train``: test images look among the train images; ``test``: among one another,
             each leaving itself out (CUB, SOP, …; no train split is needed).
         k: of recall@k.
-        groups: metadata column to score by.
+        groups: columns of the test split's metadata to score by.
         chunk: queries ranked at once.
     """
 
     data: str
     gallery: Literal["train", "test"] = "train"
     k: tuple[int, ...] = (1, 5, 10)
-    groups: str | None = None
+    groups: tuple[str, ...] = ()
     chunk: int = 256
 
     metric = "mAP"
+    source = "Oquab et al. 2023, arXiv 2304.07193, section 7.3"
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1 or self.chunk < 1:
@@ -154,8 +155,7 @@ class Retrieval(Task):
                 f"Retrieval on {self.data!r}: no query has an image of its class in the gallery, "
                 "so there is nothing to find"
             )
-        if self.groups is not None:
-            metadata_column(splits["test"].metadata, self.groups, splits["test"].name)
+        check_groups(self.groups, splits)
 
     def score(self, subject: Subject) -> TaskResult:
         """mAP; ``per_sample`` is each query's average precision, NaN with nothing to find."""
@@ -192,11 +192,9 @@ class Retrieval(Task):
             "without anything to find": int((~found).sum()),
         }
         split = subject.splits["test"]
-        if self.groups is not None:
-            column = metadata_column(split.metadata, self.groups, split.name)
-            values = [column[i] for i in rows["test"]]
-            scores = group_scores(per_sample, values, statistic=_mean)
-            details["groups"] = {self.groups: scores.details()}
+        if self.groups:
+            places = torch.tensor(rows["test"])
+            details["groups"] = by_groups(self.groups, split, places, per_sample, _mean)
         return TaskResult(
             _mean(per_sample),
             per_sample=per_sample,

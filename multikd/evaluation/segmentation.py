@@ -108,6 +108,7 @@ class LinearSegmentation(Task):
     training: ProbeTraining = field(default_factory=ProbeTraining)
 
     metric = "mIoU"
+    source = "linear segmentation: Oquab et al. 2023, arXiv 2304.07193, section 7.4"
     tokens = ("patches",)
 
     def __post_init__(self) -> None:

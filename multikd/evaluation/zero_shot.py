@@ -12,15 +12,17 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from multikd.evaluation.groups import group_scores, metadata_column
-from multikd.evaluation.patch_probe import readable_rows
-from multikd.evaluation.task import EvalSplit, NotApplicable, Subject, Task, TaskResult
+from multikd.evaluation.labelled import (
+    answer_details,
+    by_groups,
+    check_groups,
+    labelled_rows,
+)
+from multikd.evaluation.task import EvalSplit, Subject, Task, TaskResult
 from multikd.types import EncoderSpec
 
 TEMPLATES = ("a photo of a {}.",)
@@ -58,15 +60,16 @@ class ZeroShot(Task):
         data: a data set with labels.
         templates: prompts with ``{}`` where the class name goes.
         classes: names in the order of the labels, where the data set's own are not words.
-        groups: metadata column to score by.
+        groups: columns of the test split's metadata to score by.
     """
 
     data: str
     templates: tuple[str, ...] = TEMPLATES
     classes: tuple[str, ...] | None = None
-    groups: str | None = None
+    groups: tuple[str, ...] = ()
 
     metric = "top1"
+    source = "Radford et al. 2021, arXiv 2103.00020, section 3.1"
     splits = ("test",)
 
     def __post_init__(self) -> None:
@@ -99,46 +102,29 @@ class ZeroShot(Task):
                 f"ZeroShot on {self.data!r}: the class name {twice[0]!r} stands twice, and texts "
                 "cannot tell the two apart: name them differently"
             )
-        if self.groups is not None:
-            metadata_column(split.metadata, self.groups, split.name)
+        check_groups(self.groups, splits)
 
     def score(self, subject: Subject) -> TaskResult:
         """Top-1 over labelled, readable test images."""
         split = subject.splits["test"]
         names = self._names(split)
         weights = subject.text_weights(names, self.templates)
-        encoded = subject.features("test")
+        subject.features("test")
+        split = subject.splits["test"]  # without what could not be read
         begun = time.perf_counter()
-        if encoded.summary is None or split.labels is None:
-            raise NotApplicable(f"{subject.name} gave no summary to compare with texts")
-        rows = readable_rows(encoded, split)
-        rows = [i for i in rows if int(split.labels[i]) >= 0]
-        labels = split.labels[rows]
-        scores = zero_shot_scores(encoded.summary[rows], weights)
+        test = labelled_rows(subject, "test")
+        scores = zero_shot_scores(test.x, weights)
         answers = scores.argmax(dim=1)
-        right = (answers == labels).to(torch.float64)
+        right = (answers == test.y).double().numpy()
+        metrics, details = answer_details(answers, test, names)
         top = scores.topk(min(5, len(names)), dim=1).indices
-        per_class = {
-            name: float(right[labels == k].mean()) if bool((labels == k).any()) else None
-            for k, name in enumerate(names)
-        }
-        known = [value for value in per_class.values() if value is not None]
-        details: dict[str, Any] = {"per_class": per_class, "images": len(rows)}
-        if len(names) <= 64:
-            counts = torch.bincount(labels * len(names) + answers, minlength=len(names) ** 2)
-            details["confusion"] = counts.view(len(names), len(names)).tolist()
-        per_sample = np.asarray(right.numpy())
-        if self.groups is not None:
-            column = metadata_column(split.metadata, self.groups, split.name)
-            scored = group_scores(per_sample, [column[i] for i in rows])
-            details["groups"] = {self.groups: scored.details()}
+        metrics["top5"] = float((top == test.y[:, None]).any(dim=1).double().mean())
+        if self.groups:
+            details["groups"] = by_groups(self.groups, split, test.kept, right)
         return TaskResult(
             float(right.mean()),
-            per_sample=per_sample,
-            metrics={
-                "top5": float((top == labels[:, None]).any(dim=1).double().mean()),
-                "mean per class": sum(known) / len(known),
-            },
+            right,
+            metrics=metrics,
             details=details,
             seconds=time.perf_counter() - begun,
         )

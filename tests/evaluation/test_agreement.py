@@ -11,7 +11,7 @@ from multikd.evaluation.agreement import (
     mutual_neighbours,
     prediction_cosine,
 )
-from multikd.evaluation.task import EncodedSplit
+from multikd.evaluation.task import EncodedSplit, NotApplicable
 
 
 def hsic_cka(a, b):
@@ -41,7 +41,7 @@ def test_cka_equals_the_definition(n, widths):
 def test_mutual_neighbours_equal_a_plain_loop():
     a = torch.randn(60, 8)
     b = torch.cat([a[:, :5], torch.randn(60, 4)], dim=1)
-    got = mutual_neighbours(a, b, k=7, chunk=11)
+    got = mutual_neighbours(a, b, k=7)
     for i in range(60):
         sets = []
         for rows in (a.double().numpy(), b.double().numpy()):
@@ -101,7 +101,10 @@ def test_tasks_compare_with_every_teacher(encoders):
     assert cosine.applies(head)
     assert not cosine.applies(own)
     assert 0.9 < cosine.score(head).value < 1
-    assert not CKA("data").applies(own)
+    assert cka.applies(own)
+    assert not cka.applies(teachers["clip"])
+    with pytest.raises(NotApplicable, match="--with-teachers"):
+        CKA("data").score(own)
 
 
 def test_images_that_could_not_be_read_are_left_out(encoders):

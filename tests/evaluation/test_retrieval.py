@@ -83,7 +83,7 @@ def subject(same=False):
 
 def test_the_task():
     made_subject = subject()
-    task = Retrieval("data", groups="site")
+    task = Retrieval("data", groups=("site",))
     task.check(made_subject.splits, {})
     result = task.score(made_subject)
     encoded, splits = made_subject.fixed, made_subject.splits
@@ -134,7 +134,7 @@ def test_bad_input_says_what_was_expected(call, words):
 def test_nothing_to_find_is_refused_before_extraction():
     splits = subject().splits
     with pytest.raises(ValueError, match="did you mean 'site'"):
-        Retrieval("data", groups="sites").check(splits, {})
+        Retrieval("data", groups=("sites",)).check(splits, {})
     splits["train"].labels[:] = 17
     with pytest.raises(ValueError, match="nothing to find"):
         Retrieval("data").check(splits, {})

@@ -76,7 +76,7 @@ def test_equals_open_clips_own_classifier(clip, subject):
         subject.features("test").summary, subject.text_weights(CLASSES, TEMPLATES)
     )
     torch.testing.assert_close(scores.float(), logits, atol=1e-5, rtol=0)
-    task = ZeroShot("data", templates=TEMPLATES, groups="site")
+    task = ZeroShot("data", templates=TEMPLATES, groups=("site",))
     task.check(subject.splits, {"clip": subject.spec})
     result = task.score(subject)
     kept = split.labels >= 0
@@ -122,7 +122,7 @@ def test_bad_input_says_what_was_expected(subject):
     with pytest.raises(ValueError, match="'cat' stands twice"):
         ZeroShot("data", classes=("cat",) * 7).check(splits, specs)
     with pytest.raises(ValueError, match="metadata column"):
-        ZeroShot("data", groups="skin").check(splits, specs)
+        ZeroShot("data", groups=("skin",)).check(splits, specs)
     splits["test"].classes = None
     with pytest.raises(ValueError, match="needs class names"):
         ZeroShot("data").check(splits, specs)
