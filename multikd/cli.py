@@ -302,7 +302,10 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images a pass (default: 64)")
     parser.add_argument(
-        "--workers", type=int, default=2, help="threads that read images (default: 2)"
+        "--workers",
+        type=int,
+        default=None,
+        help="threads that read images (default: as many as processors, 16 at most)",
     )
     parser.add_argument(
         "--patch-dtype",
@@ -532,7 +535,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         devices=arguments.devices,
         batch_size=arguments.batch_size,
-        workers=arguments.workers,
+        workers=commands.WORKERS if arguments.workers is None else arguments.workers,
         patch_dtype=arguments.patch_dtype,
         cost=not arguments.no_cost,
         pictures=not arguments.no_pictures,

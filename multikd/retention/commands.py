@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 OUT = Path("multikd-evaluation")
 RESULTS = "results.json"
+WORKERS = min(16, os.cpu_count() or 2)
 CACHE = DEFAULT_CACHE / "evaluation"
 
 
@@ -58,7 +59,7 @@ class EvaluateSettings:
     device: str = "auto"
     devices: int = 1
     batch_size: int = 64
-    workers: int = 2
+    workers: int = WORKERS
     patch_dtype: PatchDtype = "float16"
     cost: bool = True
     pictures: bool = True

@@ -29,6 +29,7 @@ from multikd.data.decode import (
 from multikd.data.origins import Origin, open_origin
 from multikd.data.origins.base import Listing
 from multikd.data.origins.idx import IdxOrigin
+from multikd.data.origins.table import TableOrigin, read_table
 from multikd.data.origins.torchvision import TorchvisionOrigin
 from multikd.data.remote import is_remote
 from multikd.data.sources import ShardSource
@@ -81,9 +82,14 @@ class ImageSource(ABC):
 
 
 class ShardImages(ImageSource):
-    """Samples of webdataset shards."""
+    """Samples of webdataset shards; several labels an image are numbered as ``classes``."""
 
-    def __init__(self, urls: str | list[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        urls: str | list[str],
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.source = ShardSource(urls)
         self.max_pixels = max_pixels
         self._places = [
@@ -93,8 +99,9 @@ class ShardImages(ImageSource):
         ]
         self.keys = [key for index in self.source.indexes for key in index.keys]
         facts = dataset_facts(self.source.urls[0])
-        classes = facts.get("classes")
-        self.classes = tuple(map(str, classes)) if classes else None
+        own = facts.get("classes")
+        self.classes = tuple(map(str, own)) if own else None
+        self._given = classes
         self._extensions = {ext for index in self.source.indexes for ext in index.extensions}
         self.labels = self._read_labels()
 
@@ -118,7 +125,7 @@ class ShardImages(ImageSource):
 
     def _multi_hot(self, several: list[list[Any] | None]) -> Tensor:
         names = [[str(name) for name in entry or ()] for entry in several]
-        labels, self.classes = multi_hot(names, self.classes)
+        labels, self.classes = multi_hot(names, self._given or self.classes)
         return labels
 
     def read(self, index: int) -> Image.Image:
@@ -161,6 +168,14 @@ class OriginImages(ImageSource):
         self.classes = tuple(listing.classes) or None
         if any(label >= 0 for label in listing.labels):
             self.labels = torch.tensor(listing.labels, dtype=torch.int64)
+        self._columns: dict[str, list[str]] = {}
+        if isinstance(origin, TableOrigin):
+            columns = read_table(origin.table)
+            if "labels" in columns:
+                names = [[n.strip() for n in t.split(";") if n.strip()] for t in columns["labels"]]
+                self.labels, self.classes = multi_hot(names, origin.classes or None)
+            known = ("path", "label", "labels")
+            self._columns = {name: c for name, c in columns.items() if name not in known}
         self._direct = isinstance(origin, IdxOrigin) or (
             isinstance(origin, TorchvisionOrigin) and origin.pictures
         )
@@ -171,6 +186,10 @@ class OriginImages(ImageSource):
             picture: Image.Image = self.origin.picture(index)  # type: ignore[attr-defined]
             return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
         return decode_image(self.origin.read(index, self.keys[index]), self.max_pixels)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Further columns of a table."""
+        return {name: column[index] for name, column in self._columns.items()}
 
     def fingerprint(self) -> str:
         """Of the source, names, sizes and (of files) modification times."""
@@ -304,12 +323,12 @@ def open_images(
     from multikd.retention.dense import DENSE_KINDS, open_dense
 
     if isinstance(text, list):
-        return ShardImages([os.path.expanduser(url) for url in text], max_pixels)
+        return ShardImages([os.path.expanduser(url) for url in text], max_pixels, classes)
     kind, _, rest = text.partition(":")
     if kind in DENSE_KINDS and rest:
         return open_dense(kind, rest, tuple(classes) if classes else None)
     if _is_shards(text):
-        return ShardImages(os.path.expanduser(text), max_pixels)
+        return ShardImages(os.path.expanduser(text), max_pixels, classes)
     origin = open_origin(text, classes)
     return OriginImages(origin, origin.list_items(), max_pixels)
 

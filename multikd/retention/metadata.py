@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from multikd.errors import MissingExtraError
+from multikd.data.origins.table import read_table
 from multikd.retention.images import ImageSource
 
 _MOST_COLUMNS = 64
@@ -33,7 +32,10 @@ def read_metadata(
     """
     if table is None:
         return _from_records(source, rows)
-    columns = _table(Path(table).expanduser())
+    path = Path(table).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no table {path}: give a .csv or .parquet with a 'key' column")
+    columns = read_table(str(path))
     if "key" not in columns:
         raise ValueError(
             f"the table {table!r} needs a column 'key' that names the images, received the columns "
@@ -78,38 +80,4 @@ def _from_records(source: ImageSource, rows: npt.NDArray[np.int64]) -> dict[str,
     return {
         name: [str(record.get(name, "")) for record in records]
         for name in list(names)[:_MOST_COLUMNS]
-    }
-
-
-def _table(path: Path) -> dict[str, list[str]]:
-    if not path.is_file():
-        raise ValueError(f"there is no table {path}: give a .csv or .parquet with a 'key' column")
-    if path.suffix.lower() in (".parquet", ".pq"):
-        return _parquet(path)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-            head = [name.strip() for name in next(reader, [])]
-            lines: list[Sequence[str]] = [row for row in reader if row]
-        for line in lines:
-            if len(line) != len(head):
-                raise ValueError(f"a row has {len(line)} fields, expected {len(head)}: {line[:3]}")
-    except (OSError, UnicodeError, csv.Error, ValueError) as error:
-        raise ValueError(f"cannot read the table {path}: {error}") from error
-    return {name: [line[i].strip() for line in lines] for i, name in enumerate(head)}
-
-
-def _parquet(path: Path) -> dict[str, list[str]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "tables", "reading a Parquet file") from error
-    try:
-        data = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"cannot read the table {path}: {error}") from error
-    return {
-        name: ["" if v is None else str(v).strip() for v in data[name].to_pylist()]
-        for name in data.column_names
     }

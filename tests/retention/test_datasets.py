@@ -144,6 +144,18 @@ def test_several_labels_an_image(tmp_path: Path) -> None:
     assert split.labels.tolist() == [[1.0, 0.0], [1.0, 1.0]]
 
 
+def test_a_table_gives_several_labels_and_columns(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": 2})
+    table = tmp_path / "t.csv"
+    table.write_text("path,labels,site\na/000.png,cat;sofa,x\na/001.png,,y\n", encoding="utf-8")
+    split = first(DataSpec(test=str(table)))
+    assert split.labels.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert split.classes == ("cat", "sofa")
+    assert split.metadata == {"site": ["x", "y"]}
+    with pytest.raises(ValueError, match=r"label 'sofa' is outside the class list"):
+        first(DataSpec(test=str(table), classes=["cat"]))
+
+
 def save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
