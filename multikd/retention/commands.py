@@ -164,8 +164,9 @@ def device_of(accelerator: str) -> str:
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise ValueError("there is no MPS device here: leave out --device, or use --device cpu")
     if accelerator == "auto":
-        found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-        return "cpu" if found is None else str(found)
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     return "cuda" if accelerator == "gpu" else accelerator
 
 
