@@ -52,6 +52,11 @@ class _Parser(argparse.ArgumentParser):
         if unknown and unknown.group(1).startswith("-"):
             option = unknown.group(1).split("=")[0]
             raise unknown_name("option", option, _options(self), f"(`{self.prog} --help`)")
+        if unknown:
+            raise ValueError(
+                f"unexpected argument {unknown.group(1)!r}: give all of them side by side, before "
+                f"the options (`{self.prog} --help` explains)"
+            )
         raise ValueError(f"{message} (`{self.prog} --help` explains)")
 
 
