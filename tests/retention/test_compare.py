@@ -11,6 +11,7 @@ import pytest
 from helpers.pages import Page
 from retention.results_maker import HOSTILE, content
 
+from multikd.cli import main
 from multikd.retention.compare import compare, difference, run_names
 from multikd.retention.reading import Cell
 
@@ -162,3 +163,19 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("nonsense")
     with pytest.raises(ValueError, match=r"d\.json is no JSON"):
         compare([a, tmp_path / "d.json"])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write(tmp_path / "a", content()), write(tmp_path / "b", changed())
+    figures = tmp_path / "figures.json"
+    command = ["evaluate", "--compare", str(a), str(b)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--json", str(figures)]) == 0
+    assert "90.6 (+5.0 [+2.2, +7.8]*)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.html").is_file()
+    assert json.loads(figures.read_text(encoding="utf-8"))["alone"] == {"depth": ["a"]}
+    a.write_text("{}")
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert f"{a} holds no evaluation" in said.err
