@@ -151,10 +151,11 @@ class Runner:
         bar.begin(work.label, sum(end - start for start, end in batches.spans))
         sink = ShardSink(work, batches.spans)
         module = Extractor(work.network, sink)
+        before = next((p.device for p in work.network.parameters()), torch.device("cpu"))
         try:
             trainer.predict(module, dataloaders=batches, return_predictions=False)
         finally:
-            work.network.cpu()
+            work.network.to(before)
         faults = sum(store.fault_count() for store in list(work.stores.values())[:1])
         work.data.check_faults(work.split.name.rpartition("/")[2], faults, len(work.split))
 

@@ -201,8 +201,11 @@ class FeatureStore:
 
     # ---------------------------------------------------------------- reading
 
-    def read(self) -> npt.NDArray[Any]:
+    def read(self, check: bool = True) -> npt.NDArray[Any]:
         """All rows ``(M, …)``, memory-mapped, after every shard's checksum was compared.
+
+        Args:
+            check: compare them; not needed again in the same process.
 
         Raises:
             ValueError: shards are missing or damaged (the damaged ones are forgotten).
@@ -212,7 +215,7 @@ class FeatureStore:
         values = np.memmap(
             self.data_path, np.dtype(self.key.dtype), "r", shape=(self.rows, *self.shape)
         )
-        if damaged := self.damaged():
+        if check and (damaged := self.damaged()):
             raise ValueError(
                 f"{len(damaged)} shards of the cached features in {self.folder} are damaged: they "
                 "were removed, run the command again"

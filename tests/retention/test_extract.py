@@ -129,6 +129,17 @@ def test_a_changed_weight_size_or_crop_is_never_read_stale(
     assert not torch.equal(first, third)
 
 
+def test_damaged_features_are_computed_again(run: Run, photos: Path, tmp_path: Path) -> None:
+    columns, data, options, _ = opened(run, photos, tmp_path, heads=())  # type: ignore[arg-type]
+    before = EncoderSubject(columns[0], data, options).features("train").summary
+    path = store_of(columns[0], data.splits["train"], SIZE, "summary", options).data_path
+    with path.open("r+b") as file:
+        file.seek(2000)
+        file.write(b"damage")
+    after = EncoderSubject(columns[0], data, options).features("train").summary
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 def test_corrupt_images_count_and_are_left_out_everywhere(run: Run, tmp_path: Path) -> None:
     from retention.conftest import write_folder
 
