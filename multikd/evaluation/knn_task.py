@@ -84,7 +84,11 @@ class KNN(Task):
         return self.score_rows(train, test, names, subject.splits["test"])
 
     def score_rows(
-        self, train: LabelledRows, test: LabelledRows, names: Sequence[str], split: EvalSplit | None
+        self,
+        train: LabelledRows,
+        test: LabelledRows,
+        names: Sequence[str],
+        split: EvalSplit | None = None,
     ) -> TaskResult:
         """The same of rows at hand.
 

@@ -38,6 +38,11 @@ class LabelledRows:
     y: Tensor
     kept: Tensor
 
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> LabelledRows:
+        """Rows of which every one counts."""
+        return cls(x, y, torch.arange(len(x)))
+
 
 def tokens_for(features: Features) -> tuple[TokenType, ...]:
     """What must be extracted for ``features``."""

@@ -172,10 +172,21 @@ class LinearProbe(_Probe):
         fit, test = self.fit(subject, len(names))
         return self.result(fit, test, names, subject.splits["test"])
 
-    def result(
-        self, fit: ProbeFit, test: LabelledRows, names: Sequence[str], split: EvalSplit | None
+    def score_rows(
+        self, train: LabelledRows, test: LabelledRows, names: Sequence[str]
     ) -> TaskResult:
-        """What is said of a fit's answers."""
+        """The same of rows at hand, without a ``val`` split."""
+        fit = fit_probe(train.x, train.y, test.x, len(names), self.settings(), None, self._device())
+        return self.result(fit, test, names)
+
+    def result(
+        self,
+        fit: ProbeFit,
+        test: LabelledRows,
+        names: Sequence[str],
+        split: EvalSplit | None = None,
+    ) -> TaskResult:
+        """What is said of a fit's answers; ``split`` of the test images has the metadata."""
         right = (fit.answers == test.y).double().numpy()
         metrics, details = answer_details(fit.answers, test, names)
         if len(names) > 5:
