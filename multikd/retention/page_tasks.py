@@ -12,6 +12,7 @@ import numpy as np
 from multikd.pages import charts
 from multikd.pages.charts import Line, Panel
 from multikd.pages.html import cell, header, picture, row, table
+from multikd.retention.curves import Curve, curves_of
 from multikd.retention.reading import (
     Cell,
     Encoder,
@@ -200,52 +201,31 @@ def _curves(
     task: TaskFacts, cells: Mapping[Encoder, Cell], colours: Mapping[str, str]
 ) -> list[str]:
     """Curves of one name of all encoders in one chart."""
-    by_name: dict[str, list[tuple[Encoder, Mapping[str, Any]]]] = {}
+    by_name: dict[str, list[tuple[Encoder, Curve]]] = {}
     for encoder, found in cells.items():
-        curves = found.details.get("curves")
-        for curve in curves if isinstance(curves, list) else []:
-            if _drawable(curve):
-                by_name.setdefault(str(curve.get("name", "")), []).append((encoder, curve))
+        for curve in curves_of(found.details):
+            by_name.setdefault(curve.name, []).append((encoder, curve))
     shown = []
     for name, members in by_name.items():
         lines = [
-            Line(
-                encoder.name,
-                [x if isinstance(x, str) else float(x) for x in curve["x"]],
-                [number(y) for y in curve["y"]],
-                colours[encoder.name],
-            )
+            Line(encoder.name, curve.x, curve.y, colours[encoder.name])
             for encoder, curve in members
         ]
         if len({isinstance(x, str) for line in lines for x in line.x}) != 1:
             continue
         first = members[0][1]
-        # A share is shown in per cent, unless the curve says that it is none.
-        share = task.share and first.get("share") is not False
-        label = str(first.get("y_label") or "")
+        share = task.share and first.share
+        label = first.y_label
         panel = Panel(
             name,
             lines,
-            str(first.get("x_label") or ""),
+            first.x_label,
             f"{label}, %" if share and label and "%" not in label else label,
             share=share,
         )
         alt = f"{name or 'Curve'} of {', '.join(line.name for line in lines)}"
         shown.append(f"<div>{picture(charts.lines([panel]), alt)}</div>")
     return shown
-
-
-def _drawable(curve: Any) -> bool:
-    if not isinstance(curve, dict):
-        return False
-    x, y = curve.get("x"), curve.get("y")
-    return (
-        isinstance(x, list)
-        and isinstance(y, list)
-        and len(x) == len(y) > 0
-        and all(isinstance(v, str) or number(v) is not None for v in x)
-        and any(number(v) is not None for v in y)
-    )
 
 
 def _confusions(results: Results, task: TaskFacts, cells: Mapping[Encoder, Cell]) -> list[str]:

@@ -18,6 +18,7 @@ from retention.results_maker import HOSTILE, SCRIPT, content, with_pictures
 
 from multikd.pages import charts
 from multikd.pages.charts import Bar, BarGroup
+from multikd.retention.curves import curves_of
 from multikd.retention.page import render, write_page
 from multikd.retention.reading import read_results, results_of
 
@@ -171,9 +172,35 @@ DAMAGE: dict[str, Any] = {
         {"x": [1]}, [1], [{"x": [1], "y": []}], [{"x": [{}], "y": [1]}], [{"x": [1], "y": [None]}],
         [{"x": ["clean", "fog"], "y": [0.1, None]}], [{"name": 3, "x": [1, 2], "y": [0.5, 0.6]}],
     ],
+    "curve": [{"x": 1}, {"x": [1]}, {"x": [1], "y": [2, 3]}, [1], {"x": [None], "y": [1]}],
+    "reliability": [[1], [{"images": 1}], {"a": 1}],
+    "errors": [{"fog": 3}, 4],
     "neighbours": [{"queries": [1]}, {"queries": [{"picture": 4, "neighbours": 3}]}, 5],
     "pca": [{"images": [{}]}, {"images": {}, "explained": "x"}, []],
 }  # fmt: skip
+
+
+def test_curves_as_the_protocols_note_them() -> None:
+    details = {
+        "curves": [{"name": "a", "x": ["1e-3", "1"], "y": [0.1, None], "y_label": "score"}],
+        "curve": {"size": [32, 64], "top1": [0.5, 0.6], "cosine": [1.0, 0.9]},
+        "reliability": [
+            {"low": 0.0, "high": 0.5, "images": 0, "confidence": 0, "accuracy": 0},
+            {"low": 0.5, "high": 1.0, "images": 4, "confidence": 0.7, "accuracy": 0.75},
+        ],
+        "errors": {"fog": [0.2, 0.4], "blur": [0.4, 0.5]},
+        "severities": [1, 5],
+    }
+    a, top1, cosine, reliability, corrupted = curves_of(details)
+    assert (a.x, a.y, a.y_label) == (["1e-3", "1"], [0.1, None], "score")
+    assert (top1.name, top1.x, top1.y) == ("top1 by size", [32, 64], [0.5, 0.6])
+    assert cosine.name == "cosine by size"
+    assert (reliability.x, reliability.y) == ([0.7], [0.75])
+    assert corrupted.name == "top-1 by severity, mean of 2 corruptions"
+    assert corrupted.y == pytest.approx([0.7, 0.55])
+    (risk,) = curves_of({"curve": {"coverage": [0.5, 1], "risk": [0, 0.1], "threshold": [1, 0.2]}})
+    assert (risk.name, risk.x_label, risk.y_label) == ("risk-coverage", "coverage", "errors")
+    assert (risk.x, risk.y) == ([0.5, 1], [0, 0.1])
 
 
 @pytest.mark.parametrize("key", DAMAGE)
