@@ -94,6 +94,7 @@ def run_evaluate(
         KeyboardInterrupt: features that were written are kept.
     """
     from multikd.retention import run
+    from multikd.retention.costs import measure_costs
     from multikd.retention.outcome import present
 
     begun = time.perf_counter()
@@ -105,8 +106,11 @@ def run_evaluate(
     _say_what(found, settings)
     if not run.extract_all(found, options, settings.progress):
         return None
+    if settings.cost:
+        # Before scoring, as an interruption of that would cost the figures; these are kept.
+        measure_costs(found, options.cache, device_of(settings.device), settings.progress)
     run.score_all(found, device_of(settings.device), settings.progress)
-    return present(found, settings, time.perf_counter() - begun)
+    return present(found, settings, begun)
 
 
 def run_drift(

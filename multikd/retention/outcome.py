@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from multikd.errors import MissingExtraError
-from multikd.evaluation.cost import measure_cost, measure_deployed
-from multikd.files import write_text_atomically
-from multikd.retention.digest import combined
-from multikd.retention.encoders import Column
 from multikd.retention.gallery import Gallery, neighbours, patch_components
 from multikd.retention.page import write_page
 from multikd.retention.results import build_results, encoder_entry, task_entry, write_results
 from multikd.retention.run import Evaluation
 from multikd.retention.terminal import results_table
-from multikd.types import Grid
 
 if TYPE_CHECKING:
     from multikd.retention.commands import EvaluateSettings
@@ -31,16 +25,21 @@ _MOST_NAMED = 5
 
 
 def present(
-    found: Evaluation, settings: EvaluateSettings, seconds: float
+    found: Evaluation, settings: EvaluateSettings, begun: float
 ) -> tuple[str, dict[str, Any]]:
-    """Write everything into ``settings.out``; returns (text, content of results.json)."""
-    from multikd.retention.commands import command_line, device_of
+    """Write everything into ``settings.out``; returns (text, content of results.json).
+
+    Args:
+        found: what was measured.
+        settings: where to and what with.
+        begun: ``time.perf_counter()`` at the start of the command.
+    """
+    from multikd.retention.commands import command_line
 
     out = settings.out
-    device = device_of(settings.device)
     if settings.pictures:
-        _add_pictures(found, Gallery(out))
-    costs = _costs(found, settings, device) if settings.cost else {}
+        with _timed(found, "pictures"):
+            _add_pictures(found, Gallery(out))
     encoders = [
         encoder_entry(
             column.name,
@@ -49,7 +48,7 @@ def present(
             fingerprint=column.fingerprint,
             source=column.source,
             head=column.head,
-            cost=costs.get(column.name),
+            cost=found.costs.get(column.name),
         )
         for column in found.columns
     ]
@@ -61,13 +60,12 @@ def present(
     results["unreadable"] = found.faults
     paths = write_results(out, results)
     page = _page(results, out)
-    total = seconds + sum(v for k, v in found.seconds.items() if k == "cost")
     lines = [
         results_table(results).rstrip(),
         *_failures(found),
         *_unreadable(found),
         *_where(found, settings, [*paths, *([page] if page else [])]),
-        _times(found, total),
+        _times(found, time.perf_counter() - begun),
     ]
     return "\n".join(lines), results
 
@@ -98,43 +96,11 @@ def _add_pictures(found: Evaluation, gallery: Gallery) -> None:
         cell.result.details = details
 
 
-def _costs(found: Evaluation, settings: EvaluateSettings, device: str) -> dict[str, dict[str, Any]]:
-    """Name → figures, each measured once a (weights, size, device) and kept beside the features."""
-    sizes = {c.name: c.spec.image_size for c in found.columns}
-    for data in found.data.values():
-        if data.spec.size is not None:
-            sizes = dict.fromkeys(sizes, (data.spec.size, data.spec.size))
-            break
-    costs = {}
-    for column in found.columns:
-        key = combined(
-            encoder=column.fingerprint,
-            size=sizes[column.name],
-            device=device,
-            threads=torch.get_num_threads(),
-        )
-        path = settings.cache.expanduser() / "costs" / f"{key[:32]}.json"
-        try:
-            costs[column.name] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            costs[column.name] = _measure(column, sizes[column.name], device)
-            write_text_atomically(path, json.dumps(costs[column.name]))
-    return costs
-
-
-def _measure(column: Column, size: Grid, device: str) -> dict[str, Any]:
-    network = column.network.only(column.member)
-    try:
-        found = measure_cost(network, size, device=device).to_json()
-    finally:
-        network.cpu()
-    folder = Path(column.source)
-    if column.role == "student" and folder.is_dir():
-        try:
-            found["deployed"] = [cost.to_json() for cost in measure_deployed(folder, size)]
-        except MissingExtraError as error:
-            log.warning("%s", error)
-    return found
+@contextmanager
+def _timed(found: Evaluation, what: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    found.seconds[what] = time.perf_counter() - begun
 
 
 def _page(results: Mapping[str, Any], out: Path) -> Path | None:

@@ -51,6 +51,7 @@ class Evaluation:
         data: its data sets, opened.
         subjects: (encoder, data set) → subject.
         cells: tasks × encoders.
+        costs: encoder → what it costs, where that was measured.
         faults: data set/split → keys of images that could not be read.
         extracted: images × encoders run (0: everything was cached).
         seconds: of opening, extracting, scoring.
@@ -61,6 +62,7 @@ class Evaluation:
     data: dict[str, EvalDataset]
     subjects: dict[tuple[str, str], EncoderSubject]
     cells: list[Cell] = field(default_factory=list)
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
     extracted: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
