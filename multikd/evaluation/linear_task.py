@@ -30,6 +30,7 @@ from multikd.evaluation.linear import C_CANDIDATES
 from multikd.evaluation.metrics import (
     average_precisions,
     mean_average_precision,
+    resampled_average_precision,
     top_k_accuracy,
 )
 from multikd.evaluation.probes import ProbeFit, ProbeSettings, Solver, fit_probe
@@ -239,9 +240,26 @@ class MultiLabelProbe(_Probe):
         return TaskResult(value, rows, precision_of_rows, dict(fit.facts), details)
 
 
-def precision_of_rows(rows: npt.NDArray[np.float64]) -> float:
+class PrecisionOfRows:
     """Macro mAP of ``(M, 2, K)``: scores and targets of every image."""
-    return mean_average_precision(torch.from_numpy(rows[:, 0]), torch.from_numpy(rows[:, 1]))
+
+    def __call__(self, rows: npt.NDArray[np.float64]) -> float:
+        """Of the rows as they are.
+
+        Raises:
+            ValueError: no class has a positive.
+        """
+        return mean_average_precision(torch.from_numpy(rows[:, 0]), torch.from_numpy(rows[:, 1]))
+
+    def weighted(
+        self, rows: npt.NDArray[np.float64], times: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Of every resample ``(R,)``, ``times (R, M)`` being how often it has each row."""
+        scores, targets = torch.from_numpy(rows[:, 0]), torch.from_numpy(rows[:, 1])
+        return resampled_average_precision(scores, targets, torch.from_numpy(times)).numpy()
+
+
+precision_of_rows = PrecisionOfRows()
 
 
 def _reliability_curve(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -124,6 +124,40 @@ def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
     return sum(found) / len(found)
 
 
+def resampled_average_precision(scores: Tensor, targets: Tensor, times: Tensor) -> Tensor:
+    """:func:`mean_average_precision` of many resamples of the same images, float64 ``(R,)``.
+
+    Sorting once a class serves every resample, where the plain function would sort for each.
+
+    Args:
+        scores: ``(M, K)``.
+        targets: ``(M, K)`` of 0 and 1.
+        times: ``(R, M)``, how often each image was drawn.
+
+    Returns:
+        NaN for a resample in which no class has a positive.
+    """
+    times = times.to(torch.float64)
+    total = times.new_zeros(len(times))
+    defined = times.new_zeros(len(times))
+    for column in range(scores.shape[1]):
+        order = scores[:, column].argsort(descending=True, stable=True)
+        ranked = scores[order, column]
+        drawn = times[:, order]
+        positives = (drawn * targets[order, column]).cumsum(dim=1)
+        answered = drawn.cumsum(dim=1)
+        # Equal scores are answered together.
+        last = torch.ones(len(ranked), dtype=torch.bool)
+        last[:-1] = ranked[:-1] != ranked[1:]
+        positives, answered = positives[:, last], answered[:, last]
+        gained = positives.diff(dim=1, prepend=positives.new_zeros(len(positives), 1))
+        found = (gained * positives / answered.clamp(min=1)).sum(dim=1)
+        every = positives[:, -1]
+        total += torch.where(every > 0, found / every.clamp(min=1), 0.0)
+        defined += (every > 0).to(torch.float64)
+    return torch.where(defined > 0, total / defined.clamp(min=1), torch.nan)
+
+
 def _check(scores: Tensor, labels: Tensor) -> None:
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
         raise ValueError(

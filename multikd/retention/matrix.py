@@ -17,6 +17,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,8 @@ class Measured:
         value: of the metric.
         rows: one an image ``(M, …)``, so that ``statistic`` of them is ``value``; None: no
             interval.
-        statistic: rows → value; None: their mean.
+        statistic: rows → value; None: their mean. One with a method ``weighted(rows, times (R, M))
+            → (R,)`` is asked for all draws at once, ``times`` being how often each image was drawn.
     """
 
     value: float
@@ -252,24 +254,29 @@ def _draw(
 ) -> dict[str, Rows]:
     means = [n for n, m in measured.items() if m.statistic is None and _rows(m).ndim == 1]
     stacked = np.stack([_rows(measured[n]) for n in means], axis=1) if means else None
-    others = {n: m for n, m in measured.items() if n not in means}
+    weighted = [n for n, m in measured.items() if hasattr(m.statistic, "weighted")]
     found = {name: np.full(resamples, np.nan) for name in measured}
     generator = np.random.default_rng(seed)
     step = max(1, _CHUNK // count)
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
+        where = slice(start, start + size)
         images = generator.integers(0, count, (size, count))
-        if stacked is not None:
+        if stacked is not None or weighted:
             # How often each image was drawn: a mean is a product with that.
             offset = images + count * np.arange(size)[:, None]
             times = np.bincount(offset.ravel(), minlength=size * count).reshape(size, count)
-            values = times.astype(np.float64) @ stacked / count
+            times = times.astype(np.float64)
+            values = times @ stacked / count if stacked is not None else times[:, :0]
             for column, name in enumerate(means):
-                found[name][start : start + size] = values[:, column]
-        for name, m in others.items():
-            rows = _rows(m)
+                found[name][where] = values[:, column]
+            for name in weighted:
+                statistic: Any = measured[name].statistic
+                found[name][where] = statistic.weighted(_rows(measured[name]), times)
+        for name in set(measured) - {*means, *weighted}:
+            rows, statistic = _rows(measured[name]), measured[name].statistic
             for i in range(size):
-                found[name][start + i] = _value(rows[images[i]], m.statistic)
+                found[name][start + i] = _value(rows[images[i]], statistic)
     return found
 
 

@@ -52,6 +52,20 @@ def test_mean_average_precision_equals_scikit_learn(scale):
     )
 
 
+def test_resampled_precision_equals_resampling():
+    generator = np.random.default_rng(0)
+    targets = torch.tensor(generator.random((60, 3)) < 0.1).double()
+    scores = torch.tensor(generator.normal(size=(60, 3)).round(1)) + targets
+    images = generator.integers(0, 60, (50, 60))
+    times = torch.tensor(np.stack([np.bincount(row, minlength=60) for row in images]))
+    got = metrics.resampled_average_precision(scores, targets, times)
+    expected = [metrics.mean_average_precision(scores[row], targets[row]) for row in images]
+    assert got.tolist() == pytest.approx(expected, abs=1e-6)
+    assert got.std() > 0.01
+    nothing = metrics.resampled_average_precision(scores, 0 * targets, times[:1])
+    assert bool(nothing.isnan().all())
+
+
 def test_one_class_and_bad_input(answers):
     scores, labels = answers
     assert metrics.top_k_accuracy(torch.ones(3, 1), torch.zeros(3, dtype=torch.long)) == 1.0

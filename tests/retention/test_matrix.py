@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from multikd.evaluation import paired_interval
+from multikd.evaluation.linear_task import precision_of_rows
 from multikd.retention.matrix import (
     Measured,
     bootstrap,
@@ -132,6 +133,22 @@ def test_other_statistics_see_the_same_images(three):
         {"a": measured(rows[:, 0]), "b": measured(rows[:, 0], lambda r: r.mean())}, 100, 3
     )
     np.testing.assert_allclose(same["a"], same["b"])
+
+
+def each_draw(rows):
+    return precision_of_rows(rows)
+
+
+def test_a_statistic_of_all_draws_at_once_is_the_same():
+    rows = np.random.default_rng(0).random((80, 2, 3))
+    rows[:, 1] = rows[:, 1] < 0.3
+    found = bootstrap(
+        {"once": measured(rows, precision_of_rows), "each": measured(rows, each_draw)},
+        40,
+        5,
+    )
+    np.testing.assert_allclose(found["once"], found["each"], atol=1e-6)
+    assert found["once"].std() > 0.005
 
 
 def test_what_is_not_defined_is_none(three):
