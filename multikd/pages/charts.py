@@ -215,23 +215,17 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
             edgecolors=INK if point.on_front else "none",
         )  # fmt: skip
     costs = [p.cost for p in points]
-    if min(costs) > 0:
-        axes.set_xscale("log")
-        axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
-        middle = math.sqrt(min(costs) * max(costs))
-        ticks = _round_ticks(min(costs) / 1.5, max(costs) * 1.5)
-        axes.set_xticks(ticks, [_short(t) for t in ticks])
-        axes.minorticks_off()
-    else:
-        middle = (min(costs) + max(costs)) / 2
-    for point, lift in zip(points, _apart(points), strict=True):
-        left = point.cost <= middle
+    axes.set_xscale("log")
+    axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
+    ticks = _round_ticks(min(costs) / 1.5, max(costs) * 1.5)
+    axes.set_xticks(ticks, [_short(t) for t in ticks])
+    axes.minorticks_off()
+    for point, place in zip(points, _label_places(points), strict=True):
         axes.annotate(
-            plain(point.name, 24), (point.cost, 100 * point.score),
-            xytext=(7 if left else -7, 4 + lift), textcoords="offset points", fontsize=9,
-            color=INK, ha="left" if left else "right", va="bottom",
+            plain(point.name, 24), (point.cost, 100 * point.score), xytext=place[:2],
+            textcoords="offset points", fontsize=9, color=INK, ha=place[2], va="center",
         )  # fmt: skip
-    axes.margins(y=0.18)
+    axes.margins(y=0.25)
     axes.set_xlabel(plain(x_label, 60), fontsize=9, color=INK)
     axes.set_ylabel(plain(y_label, 60), fontsize=9, color=INK)
     tidy(axes, grid="both")
@@ -316,15 +310,35 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _apart(points: Sequence[Point]) -> list[float]:
-    """How far to lift each label so that those of near points do not lie on one another."""
-    scores = [100 * p.score for p in points]
-    span = max(max(scores) - min(scores), 1e-9)
-    lifts = [0.0] * len(points)
-    order = sorted(range(len(points)), key=lambda i: scores[i])
-    previous = -math.inf
-    for index in order:
-        place = 140 * (scores[index] - min(scores)) / span
-        lifts[index] = max(0.0, previous + 12 - place)
-        previous = place + lifts[index]
-    return lifts
+def _label_places(points: Sequence[Point]) -> list[tuple[float, float, str]]:
+    """Offset and alignment of each label, so that it lies on no other label and on no point.
+
+    Worked out in points of type on a plane of about the size of the axes: the first free one of
+    a few places around the point, or above it, as high as it takes.
+    """
+    wide, high = 250.0, 120.0
+    logs, scores = [math.log(p.cost) for p in points], [p.score for p in points]
+    margin = 2 * math.log(1.5)
+    across, up = max(logs) - min(logs) + margin, max(max(scores) - min(scores), 1e-9)
+    spots = [
+        (wide * (x - min(logs) + margin / 2) / across, high * (y - min(scores)) / up)
+        for x, y in zip(logs, scores, strict=True)
+    ]
+    taken = [(x - 5, x + 5, y - 5, y + 5) for x, y in spots]
+    found: list[tuple[float, float, str]] = []
+    for (x, y), point in zip(spots, points, strict=True):
+        length = 5.2 * min(len(point.name), 24)
+        lifts = [0.0, 9.0, -9.0, *(18.0 + 9 * step for step in range(2 * len(points)))]
+        for lift, (side, align) in ((v, s) for v in lifts for s in ((8, "left"), (-8, "right"))):
+            left = x + side if align == "left" else x + side - length
+            box = (left, left + length, y + lift - 5, y + lift + 5)
+            outside = left < -10 or left + length > wide + 10
+            if not outside and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        found.append((side, lift, align))
+    return found
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]

@@ -43,6 +43,8 @@ class Gallery:
         Raises:
             OSError: the folder can't be written to.
         """
+        if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
+            pixels = pixels[..., 0]  # a grey image takes a third
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
         data = buffer.getvalue()
@@ -76,8 +78,8 @@ def neighbours(
     *,
     bank: str = "train",
     queries: str = "test",
-    rows: int = 6,
-    columns: int = 6,
+    rows: int = 5,
+    columns: int = 5,
 ) -> dict[str, Any] | None:
     """Held-out images with the images of ``bank`` that the encoder finds most like them.
 

@@ -102,7 +102,9 @@ def _headline(results: Results) -> str:
         f"<p>{len(results.encoders)} encoder{'s' * (len(results.encoders) != 1)} on "
         f"{scored} task{'s' * (scored != 1)}.</p>"
     )
-    cards = [_card(results, encoder) for encoder in order(results.ours)]
+    # A head is one more way to read the same student: its column of the matrix is enough.
+    shown = [e for e in results.encoders if e.role == "student"] or results.ours
+    cards = [_card(results, encoder) for encoder in shown]
     cards = [card for card in cards if card]
     return text + (f'<div class="cards">{"".join(cards)}</div>' if cards else "")
 
@@ -239,17 +241,22 @@ def _pareto(results: Results, colours: Mapping[str, str]) -> str:
         name, score, cost = entry.get("encoder"), number(entry.get("score")), entry.get("cost")
         cost = number(cost)
         if isinstance(name, str) and score is not None and cost is not None and cost > 0:
-            front = entry.get("on_front") is True
-            points.append(Point(name, cost, score, front, colours.get(name, OTHER)))
+            on_front = entry.get("on_front") is True
+            points.append(Point(name, cost, score, on_front, colours.get(name, OTHER)))
     if len(points) < 2:
         return ""
     front_names = ", ".join(p.name for p in points if p.on_front)
-    chart = charts.scatter(points, results.cost_label, "mean score, %")
-    return picture(chart, f"Score against {results.cost_label} of each encoder") + (
-        f'<p class="small">On the front, where nothing cheaper is as good: {escape(front_names)}.'
-        "</p>"
-        if front_names
-        else ""
+    chart = charts.scatter(points, results.cost_label, "share of the best teacher, %")
+    front = (
+        f" On the front, where nothing cheaper is as good: {front_names}." if front_names else ""
+    )
+    text = (
+        "The score is the mean share of the best teacher’s (without teachers, of the best) over "
+        f"the tasks that all of these were scored on.{front}"
+    )
+    return (
+        picture(chart, f"Score against {results.cost_label} of each encoder")
+        + f'<p class="small">{escape(text)}</p>'
     )
 
 

@@ -229,12 +229,14 @@ def _curves(
 
 
 def _confusions(results: Results, task: TaskFacts, cells: Mapping[Encoder, Cell]) -> list[str]:
-    """Of the students, and of the best teacher beside them."""
+    """Of the students (not again through each head), and of the best teacher beside them."""
     row_of = results.matrix.get(task.name)
     best = None if row_of is None else row_of.best_teacher
+    chosen = [e for e in cells if e.role == "student"] or [e for e in cells if e.ours]
+    chosen = chosen[:3] + [e for e in cells if e.name == best]
     shown = []
     for encoder, found in cells.items():
-        if not encoder.ours and encoder.name != best and any(e.ours for e in cells):
+        if chosen and encoder not in chosen:
             continue
         drawn = _confusion(encoder, found)
         if drawn:

@@ -39,7 +39,7 @@ def flat(colours: list[tuple[int, int, int]]) -> torch.Tensor:
 def opened(gallery: Gallery, name: str) -> Any:
     data = gallery.read(name)
     assert data is not None
-    return np.asarray(Image.open(io.BytesIO(data)))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 @pytest.fixture
