@@ -12,8 +12,7 @@ Shapes: M images, O bins, (H, W) of depth maps.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,17 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from multikd.evaluation.patch_probe import (
-    ProbeTraining,
-    check_view_size,
+    DenseProbe,
     probe_maps,
     readable_rows,
-    target_size,
     train_patch_probe,
     upsample,
-    view_size,
 )
-from multikd.evaluation.task import EvalSplit, Request, Subject, Task, TaskResult
-from multikd.types import EncoderSpec, Grid
+from multikd.evaluation.task import EvalSplit, Subject, TaskResult
+from multikd.types import Grid
 
 # The spread of logarithms is only minimised once their mean is roughly right.
 _MEAN_ONLY_STEPS = 100
@@ -87,69 +83,41 @@ def depth_errors(depth: Tensor, truth: Tensor, valid: Tensor) -> dict[str, Tenso
 
 
 @dataclass
-class LinearDepth(Task):
+class LinearDepth(DenseProbe):
     """Linear depth on patch tokens: mean over test images of each image's RMSE, in metres.
 
+    The data set has depth maps in metres; 0 or less is unknown.
+
     Args:
-        data: a data set with depth maps (metres, 0 or less unknown).
-        image_size: side of the square images; None takes each encoder's own.
-        resolution: shorter side of the depth maps that are scored, alike for every encoder.
-        train_resolution: of the maps that are trained on.
         min_depth: of the first bin; nearer pixels are not scored.
         max_depth: of the last bin; farther pixels are not scored (10 for NYUd).
         bins: O.
-        training: of the layer.
     """
 
-    data: str
-    image_size: int | None = None
-    resolution: int = 256
-    train_resolution: int = 128
     min_depth: float = 1e-3
     max_depth: float = 10.0
     bins: int = 256
-    training: ProbeTraining = field(default_factory=ProbeTraining)
 
     metric = "RMSE"
     source = "linear depth: Oquab et al. 2023, arXiv 2304.07193, section 7.4"
     unit = "m"
     higher_is_better = False
-    tokens = ("patches",)
+    target = "depth"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.min_depth < self.max_depth or self.bins < 2:
             raise ValueError(
                 "depth needs 0 < min_depth < max_depth and at least 2 bins, received "
                 f"{self.min_depth}, {self.max_depth} and {self.bins}"
             )
-        if self.resolution < 1 or self.train_resolution < 1:
-            raise ValueError(
-                "resolution and train_resolution must be at least 1 pixel, received "
-                f"{self.resolution} and {self.train_resolution}"
-            )
-
-    def requests(self, spec: EncoderSpec) -> Sequence[Request]:
-        """Patches of both splits."""
-        del spec
-        return [Request(s, ("patches",), view_size(self.image_size)) for s in self.splits]
-
-    def check(self, splits: Mapping[str, EvalSplit], specs: Mapping[str, EncoderSpec]) -> None:
-        """Also refuses data without depth, and sizes an encoder does not take."""
-        super().check(splits, specs)
-        for name in self.splits:
-            if splits[name].dense != "depth":
-                raise ValueError(
-                    f"LinearDepth on {self.data!r} needs depth maps, and the split "
-                    f"{splits[name].name} has none: give a depth data set"
-                )
-        check_view_size("LinearDepth", self.image_size, list(specs.items()))
 
     def score(self, subject: Subject) -> TaskResult:
         """Mean RMSE; ``metrics`` has the RMSE over all pixels at once, too."""
-        size = view_size(self.image_size)
+        size, training = self.view_size(), self.training()
         train, test = (subject.features(s, ("patches",), size) for s in ("train", "test"))
+        small, scored = self.target_sizes(subject.spec)
         begun = time.perf_counter()
-        small = target_size(self.train_resolution, subject.spec, self.image_size)
         rows = readable_rows(train, subject.splits["train"])
         targets = torch.stack([_depth(subject.splits["train"], i, small) for i in rows])
         if not bool(self._valid(targets).any()):
@@ -158,19 +126,18 @@ class LinearDepth(Task):
                 f"{self.max_depth} m: give max_depth in metres"
             )
 
-        steps = self.training.epochs * -(-len(rows) // self.training.batch_size)
+        steps = training.epochs * -(-len(rows) // training.batch_size)
         mean_only = min(_MEAN_ONLY_STEPS, steps // 10)
 
         def loss(maps: Tensor, target: Tensor, step: int) -> Tensor:
             depth = bin_depths(maps, self.min_depth, self.max_depth, small)
             return scale_invariant_loss(depth, target, self._valid(target), step < mean_only)
 
-        probe = train_patch_probe(train, rows, targets, self.bins, loss, self.training)
-        scored = target_size(self.resolution, subject.spec, self.image_size)
+        probe = train_patch_probe(train, rows, targets, self.bins, loss, training)
         split = subject.splits["test"]
         parts: dict[str, list[Tensor]] = {}
         kept = readable_rows(test, split)
-        for chosen, maps in probe_maps(probe, test, kept, self.training.batch_size):
+        for chosen, maps in probe_maps(probe, test, kept, training.batch_size):
             depth = bin_depths(maps, self.min_depth, self.max_depth, scored).cpu()
             truth = torch.stack([_depth(split, i, scored) for i in chosen])
             for name, values in depth_errors(depth, truth, self._valid(truth)).items():

@@ -9,9 +9,9 @@ Shapes: M images, N = h·w patches (row-major), D width, O outputs, (H, W) of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from multikd.evaluation.task import EncodedSplit, EvalSplit
-from multikd.types import EncoderSpec, Grid
+from multikd.evaluation.task import EncodedSplit, EvalSplit, Request, Task
+from multikd.types import EncoderSpec, Grid, TokenType
 
 Loss = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -203,32 +203,81 @@ def readable_rows(encoded: EncodedSplit, split: EvalSplit) -> list[int]:
     return [i for i, key in enumerate(split.keys) if key not in faulty]
 
 
-def target_size(resolution: int, spec: EncoderSpec, image_size: int | None) -> Grid:
-    """``resolution`` for the shorter side, in the aspect of what the encoder sees."""
-    height, width = (image_size, image_size) if image_size else spec.image_size
-    short = min(height, width)
-    return round(resolution * height / short), round(resolution * width / short)
+@dataclass
+class DenseProbe(Task):
+    """What the dense tasks share: settings of the layer, sizes, and one kind of target.
 
-
-def view_size(image_size: int | None) -> Grid | None:
-    """The size to ask features of; None is the encoder's own."""
-    return None if image_size is None else (image_size, image_size)
-
-
-def check_view_size(
-    task: str, image_size: int | None, specs: Sequence[tuple[str, EncoderSpec]]
-) -> None:
-    """Refuse an image size that an encoder does not take.
-
-    Raises:
-        ValueError: it is below 1, or differs from the only size of an encoder.
+    Attributes:
+        image_size: side of the square images; None takes each encoder's own.
+        resolution: shorter side of the targets that are scored, alike for every encoder.
+        train_resolution: of the targets that are trained on.
+        epochs, batch_size, learning_rate, weight_decay, seed: see ``ProbeTraining``.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"{task}: image_size must be at least 1, received {image_size}")
-    for name, spec in specs:
-        if image_size is not None and spec.fixed_size and spec.image_size != (image_size,) * 2:
+
+    data: str
+    image_size: int | None = None
+    resolution: int = 256
+    train_resolution: int = 128
+    epochs: int = 20
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+    tokens: ClassVar[tuple[TokenType, ...]] = ("patches",)
+    target: ClassVar[Literal["mask", "depth"]]
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1 or self.train_resolution < 1:
             raise ValueError(
-                f"{task}: the encoder {name!r} takes images of {spec.image_size[0]}×"
-                f"{spec.image_size[1]} only, not {image_size}×{image_size}: leave out image_size "
-                "or the encoder"
+                "resolution and train_resolution must be at least 1 pixel, received "
+                f"{self.resolution} and {self.train_resolution}"
             )
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, received {self.image_size}")
+        self.training()
+
+    def training(self) -> ProbeTraining:
+        """Of the layer."""
+        return ProbeTraining(
+            self.epochs, self.batch_size, self.learning_rate, self.weight_decay, self.seed
+        )
+
+    def requests(self, spec: EncoderSpec) -> Sequence[Request]:
+        """Patches of both splits."""
+        del spec
+        return [Request(split, ("patches",), self.view_size()) for split in self.splits]
+
+    def check(self, splits: Mapping[str, EvalSplit], specs: Mapping[str, EncoderSpec]) -> None:
+        """Also refuses data without targets, and sizes that an encoder does not take."""
+        super().check(splits, specs)
+        name = type(self).__name__
+        for split in self.splits:
+            if splits[split].dense != self.target:
+                kind = "masks" if self.target == "mask" else "depth maps"
+                raise ValueError(
+                    f"{name} on {self.data!r} needs {kind}, and the split {splits[split].name} has "
+                    "none: give a data set with them"
+                )
+        for encoder, spec in specs.items():
+            fixed = spec.fixed_size and self.image_size is not None
+            if fixed and spec.image_size != (self.image_size, self.image_size):
+                raise ValueError(
+                    f"{name}: the encoder {encoder!r} takes images of {spec.image_size[0]}×"
+                    f"{spec.image_size[1]} only, not {self.image_size}×{self.image_size}: leave "
+                    "out image_size or the encoder"
+                )
+
+    def view_size(self) -> Grid | None:
+        """The size to ask features of; None is the encoder's own."""
+        return None if self.image_size is None else (self.image_size, self.image_size)
+
+    def target_sizes(self, spec: EncoderSpec) -> tuple[Grid, Grid]:
+        """(H, W) of targets that are trained on and scored, in the aspect that is seen."""
+        height, width = self.view_size() or spec.image_size
+        short = min(height, width)
+        train, test = (
+            (round(side * height / short), round(side * width / short))
+            for side in (self.train_resolution, self.resolution)
+        )
+        return train, test

@@ -11,8 +11,8 @@ Shapes: M images, K classes, (H, W) of masks.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from multikd.evaluation.patch_probe import (
-    ProbeTraining,
-    check_view_size,
+    DenseProbe,
     probe_maps,
     readable_rows,
-    target_size,
     train_patch_probe,
     upsample,
-    view_size,
 )
-from multikd.evaluation.task import EvalSplit, Request, Subject, Task, TaskResult
+from multikd.evaluation.task import EvalSplit, Subject, TaskResult
 from multikd.types import EncoderSpec
 
 IGNORED = 255
@@ -90,64 +87,34 @@ def iou_of_rows(rows: npt.NDArray[np.float64]) -> float:
 
 
 @dataclass
-class LinearSegmentation(Task):
+class LinearSegmentation(DenseProbe):
     """Linear segmentation on patch tokens, mean IoU over the test split.
 
-    Args:
-        data: a data set with masks (class indices, 255 ignored).
-        image_size: side of the square images; None takes each encoder's own.
-        resolution: shorter side of the masks that are scored, alike for every encoder.
-        train_resolution: of the masks that are trained on.
-        training: of the layer.
+    The data set has masks (class indices, 255 ignored) and a list of class names.
     """
-
-    data: str
-    image_size: int | None = None
-    resolution: int = 256
-    train_resolution: int = 128
-    training: ProbeTraining = field(default_factory=ProbeTraining)
 
     metric = "mIoU"
     source = "linear segmentation: Oquab et al. 2023, arXiv 2304.07193, section 7.4"
-    tokens = ("patches",)
-
-    def __post_init__(self) -> None:
-        if self.resolution < 1 or self.train_resolution < 1:
-            raise ValueError(
-                "resolution and train_resolution must be at least 1 pixel, received "
-                f"{self.resolution} and {self.train_resolution}"
-            )
-
-    def requests(self, spec: EncoderSpec) -> Sequence[Request]:
-        """Patches of both splits."""
-        del spec
-        return [Request(s, ("patches",), view_size(self.image_size)) for s in self.splits]
+    target = "mask"
 
     def check(self, splits: Mapping[str, EvalSplit], specs: Mapping[str, EncoderSpec]) -> None:
-        """Also refuses data without masks or class names, and sizes an encoder does not take."""
+        """Also refuses data without class names."""
         super().check(splits, specs)
-        for name in self.splits:
-            if splits[name].dense != "mask":
-                raise ValueError(
-                    f"LinearSegmentation on {self.data!r} needs masks, and the split "
-                    f"{splits[name].name} has none: give a segmentation data set"
-                )
         classes = splits["train"].classes
         if not classes or len(classes) > IGNORED:
             raise ValueError(
                 f"LinearSegmentation on {self.data!r} needs 1 to {IGNORED} class names, found "
                 f"{len(classes or ())}: list them in the task file"
             )
-        check_view_size("LinearSegmentation", self.image_size, list(specs.items()))
 
     def score(self, subject: Subject) -> TaskResult:
         """Mean IoU; ``per_sample`` holds each image's intersections and unions ``(M, 2, K)``."""
-        size = view_size(self.image_size)
+        size, training = self.view_size(), self.training()
         train, test = (subject.features(s, ("patches",), size) for s in ("train", "test"))
+        small, scored = self.target_sizes(subject.spec)
         begun = time.perf_counter()
         names = list(subject.splits["train"].classes or ())
         rows = readable_rows(train, subject.splits["train"])
-        small = target_size(self.train_resolution, subject.spec, self.image_size)
         masks = torch.stack(
             [_mask(subject.splits["train"], i, small, len(names)).to(torch.uint8) for i in rows]
         )
@@ -165,12 +132,11 @@ class LinearSegmentation(Task):
             )
             return total / (target != IGNORED).sum().clamp(min=1)
 
-        probe = train_patch_probe(train, rows, masks, len(names), loss, self.training)
-        scored = target_size(self.resolution, subject.spec, self.image_size)
+        probe = train_patch_probe(train, rows, masks, len(names), loss, training)
         split = subject.splits["test"]
         kept = readable_rows(test, split)
         parts, total = [], torch.zeros(len(names), len(names), dtype=torch.int64)
-        for chosen, maps in probe_maps(probe, test, kept, self.training.batch_size):
+        for chosen, maps in probe_maps(probe, test, kept, training.batch_size):
             predicted = upsample(maps, scored).argmax(dim=1).cpu()
             truth = torch.stack([_mask(split, i, scored, len(names)) for i in chosen])
             confusion = confusion_matrix(predicted, truth, len(names))
