@@ -20,6 +20,7 @@ from multikd.pages.canvas import (
     LINES,
     MARKERS,
     OTHER,
+    PAPER,
     STUDENT,
     heading,
     legend,
@@ -122,9 +123,9 @@ def lines(panels: Sequence[Panel]) -> bytes:
         if panel.title:
             heading(axes, panel.title)
         if panel.x_label:
-            axes.set_xlabel(plain(panel.x_label), fontsize=9, color=INK)
+            axes.set_xlabel(plain(panel.x_label, 48), fontsize=9, color=INK)
         if panel.y_label:
-            axes.set_ylabel(plain(panel.y_label), fontsize=9, color=INK)
+            axes.set_ylabel(plain(panel.y_label, 48), fontsize=9, color=INK)
         tidy(axes, grid="y")
         if panel.whole:
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -224,6 +225,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
         axes.annotate(
             plain(point.name, 24), (point.cost, 100 * point.score), xytext=place[:2],
             textcoords="offset points", fontsize=9, color=INK, ha=place[2], va="center",
+            bbox={"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.5},
         )  # fmt: skip
     axes.margins(y=0.25)
     axes.set_xlabel(plain(x_label, 60), fontsize=9, color=INK)

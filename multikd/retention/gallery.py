@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ FOLDER = "pictures"
 SIZE = 64  # of a thumbnail: four a row on a phone
 _NAME = re.compile(r"[0-9a-f]{16}\.png")
 _LARGEST = 2**20
+# A map of fewer squares shows nothing of what is in the image.
+_FEWEST_PATCHES = 16
 
 
 class Gallery:
@@ -141,7 +144,8 @@ def patch_components(
 
     Returns:
         ``details["pca"]``: ``{"grid": [h, w], "explained": [3 shares], "images": [{"picture",
-        "map", "class"}]}``; None where the encoder has no patch tokens or the split is missing.
+        "map", "class"}]}``; None where the encoder has no patch tokens, or fewer than 16, or the
+        split is missing.
     """
     if split not in subject.splits or subject.spec.widths.patches is None:
         return None
@@ -153,7 +157,7 @@ def patch_components(
     views = np.stack([shown.view(index, size) for index in chosen])
     with torch.no_grad():
         output = subject.encode(torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255)
-    if output.patches is None or output.grid is None:
+    if output.patches is None or output.grid is None or math.prod(output.grid) < _FEWEST_PATCHES:
         return None
     maps, explained = component_maps(output.patches.float().cpu(), output.grid)
     return {

@@ -133,6 +133,11 @@ def test_a_map_has_one_pixel_a_patch(subject: MemorySubject, tmp_path: Path) -> 
     assert (drawn[..., 1:] == 128).all()
 
 
+def test_a_map_of_four_squares_is_not_drawn(subject: MemorySubject, tmp_path: Path) -> None:
+    subject.encoder = PooledPixels(patch=16)
+    assert patch_components(subject, Gallery(tmp_path)) is None
+
+
 def test_features_that_are_not_finite_are_refused(subject: MemorySubject, tmp_path: Path) -> None:
     summaries = {name: torch.full((len(s), 3), torch.nan) for name, s in subject.splits.items()}
     broken = MemorySubject(subject.splits, features=fixed(**summaries), name="broken")
