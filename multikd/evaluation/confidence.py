@@ -1,6 +1,6 @@
 """A linear probe's confidence, costs and right to abstain, as one task.
 
-The maths is in ``calibration.py``; the probe is that of ``linear.py``.
+The maths is in ``calibration.py`` and ``decisions.py``; the probe is that of ``linear.py``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from torch import Tensor
 
 from multikd.evaluation.calibration import (
     RiskCoverage,
-    bayes_decisions,
-    check_costs,
-    decision_costs,
     reliability,
     risk_coverage,
     threshold_for_error,
 )
+from multikd.evaluation.decisions import bayes_decisions, check_costs, decision_costs
 from multikd.evaluation.labelled import (
     by_groups,
     check_groups,

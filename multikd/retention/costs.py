@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from multikd.errors import MissingExtraError
-from multikd.evaluation.cost import measure_cost, measure_deployed
+from multikd.evaluation.cost import measure_cost
+from multikd.evaluation.deployed_cost import measure_deployed
 from multikd.files import write_text_atomically
 from multikd.retention.digest import combined
 from multikd.retention.encoders import Column

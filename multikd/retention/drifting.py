@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from multikd.evaluation.agreement import prediction_cosine
-from multikd.evaluation.drift import drift_report, drift_text
+from multikd.evaluation.drift_report import drift_report, drift_text
 from multikd.retention.datasets import DataSpec, EvalDataset, open_data
 from multikd.retention.encoders import Column, open_encoders
 from multikd.retention.extract import extract, plan

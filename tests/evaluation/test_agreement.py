@@ -3,14 +3,8 @@ import pytest
 import torch
 from helpers.subjects import MemorySplit, MemorySubject, fixed
 
-from multikd.evaluation.agreement import (
-    CKA,
-    HeadCosine,
-    MutualNeighbours,
-    linear_cka,
-    mutual_neighbours,
-    prediction_cosine,
-)
+from multikd.evaluation.agreement import linear_cka, mutual_neighbours, prediction_cosine
+from multikd.evaluation.agreement_tasks import CKA, HeadCosine, MutualNeighbours
 from multikd.evaluation.task import EncodedSplit, NotApplicable
 
 

@@ -5,14 +5,13 @@ from scipy.stats import binomtest
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from multikd.evaluation.calibration import (
-    bayes_decisions,
-    decision_costs,
     error_upper_bound,
     expected_calibration_error,
     reliability,
     risk_coverage,
     threshold_for_error,
 )
+from multikd.evaluation.decisions import bayes_decisions, decision_costs
 
 
 def answers(seed=0, n=2000, classes=5, sharpness=4.0):

@@ -7,13 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from multikd.evaluation.cost import (
-    count_macs,
-    measure_cost,
-    measure_deployed,
-    measure_onnx,
-    time_passes,
-)
+from multikd.evaluation.cost import count_macs, measure_cost, time_passes
+from multikd.evaluation.deployed_cost import measure_deployed, measure_onnx
 from multikd.evaluation.memory import PeakMemory
 
 

@@ -6,17 +6,14 @@ import scipy.linalg
 import torch
 from sklearn.metrics import roc_auc_score
 
-from multikd.evaluation.drift import (
+from multikd.evaluation.drift import agreement_loss, frechet_distance, mmd, neighbour_shift
+from multikd.evaluation.drift_report import (
     DISTIL,
     FINE,
     WATCH,
     DriftThresholds,
-    agreement_loss,
     drift_report,
     drift_text,
-    frechet_distance,
-    mmd,
-    neighbour_shift,
 )
 
 
