@@ -265,7 +265,9 @@ def open_data(name: str, spec: DataSpec) -> EvalDataset:
             source = open_images(text, classes, spec.max_pixels)
             source.check()
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            other = f" (--data {name}.{split}=SOURCE takes another)"
+            hint = other if "does not exist" in str(error) else ""
+            raise ValueError(f"{where}: {error}{hint}") from error
         sources[split] = source
         if not len(source):
             raise ValueError(f"the split {where} has no images")

@@ -93,8 +93,8 @@ def prepare(
     }
     found = Evaluation(columns, file, data, subjects)
     _check_sizes(columns, data)
-    specs = {column.name: column.spec for column in columns}
     for name, task in file.tasks.items():
+        specs = {column.name: subjects[column.name, task.data].spec for column in columns}
         try:
             task.check(data[task.data].splits, specs)
         except ValueError as error:
@@ -185,7 +185,7 @@ def _requests(
             compared = task.compares and column.role == "teacher"
             if not compared and not task.applies(found.subjects[column.name, task.data]):
                 continue
-            for request in task.requests(column.spec):
+            for request in task.requests(found.subjects[column.name, task.data].spec):
                 if request.split not in data.splits:
                     continue
                 size = request.size or size_for(column, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class EncoderSubject:
         self.options = options
         self.progress = progress
         self.name = column.name
-        self.spec: EncoderSpec = column.spec
+        # What it sees here: a task that encodes images itself takes their size from this.
+        self.spec: EncoderSpec = dataclasses.replace(column.spec, image_size=size_for(column, data))
         self.head = column.head
         self.splits: Mapping[str, EvalSplit] = dict(data.splits)
         self._checked: set[Path] = set()  # stores whose checksums were compared
@@ -156,6 +158,4 @@ def size_for(column: Column, data: EvalDataset) -> Grid:
 
 def _alone(options: ExtractOptions) -> ExtractOptions:
     """The same on one device: for what rank 0 finds missing while the others have gone."""
-    import dataclasses
-
     return dataclasses.replace(options, devices=1)
