@@ -150,6 +150,8 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
             f"({'; '.join(listed)}): evaluate both with the same task file"
         )
     notes += _encoder_notes(names, encoders)
+    if alone and any(run.mean for run in runs):
+        notes.append("the mean shares kept are over different tasks, so they don't compare")
     return Comparison(names, paths, runs, rows, alone, notes)
 
 

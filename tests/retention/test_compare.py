@@ -57,6 +57,7 @@ def test_students_are_matched_whatever_their_names(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("fashion-knn (top1 %)  stud"))
     assert "85.6  90.6 (+5.0 [+2.2, +7.8]*)" in line
     assert "only in a: depth" in text
+    assert "note: the mean shares kept are over different tasks" in text
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
