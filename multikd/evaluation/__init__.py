@@ -1,7 +1,8 @@
 """Scores of frozen encoders: features out of a loader, probes on top, and how sure they are."""
 
 from multikd.evaluation.extract import ExtractedFeatures, extract_features
-from multikd.evaluation.few_shot import FewLabels, FewShot
+from multikd.evaluation.few_labels import FewLabels
+from multikd.evaluation.few_shot import FewShot
 from multikd.evaluation.intervals import (
     Accuracy,
     PairedInterval,

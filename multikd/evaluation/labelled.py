@@ -5,11 +5,13 @@ Shapes: M images of a split, D width, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -249,6 +251,23 @@ def answer_details(
     if len(classes) <= CONFUSION_CLASSES:
         details["confusion"] = confusion_matrix(answers, rows.y, len(classes)).tolist()
     return {"mean_per_class": mean_class_accuracy(answers, rows.y, len(classes))}, details
+
+
+def by_class(
+    rows: npt.NDArray[np.float64],
+    labels: Tensor,
+    names: Sequence[str],
+    statistic: Statistic | None = None,
+) -> dict[str, float | None]:
+    """The metric of every class's images; None where it has none, or none was asked."""
+    found: dict[str, float | None] = {}
+    for i, name in enumerate(unique(names)):
+        some = rows[(labels == i).numpy()]
+        value = math.nan
+        if len(some):
+            value = float(some.mean() if statistic is None else statistic(some))
+        found[name] = None if math.isnan(value) else value
+    return found
 
 
 def unique(names: Sequence[str]) -> list[str]:

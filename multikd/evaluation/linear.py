@@ -18,7 +18,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-C_CANDIDATES = (1e-3, 1e-2, 1e-1, 1.0)
+C_CANDIDATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Choosing C needs the order of a few candidates, not their last digit.
 _SELECTION_TOLERANCE = 1e-3
 

@@ -11,7 +11,9 @@ from helpers.subjects import MemorySplit, MemorySubject
 
 from multikd.evaluation import knn_predict, logistic_regression
 from multikd.evaluation.calibration import expected_calibration_error
-from multikd.evaluation.few_shot import FewLabels, FewShot, mean_interval, ratio_of_rows
+from multikd.evaluation.few_labels import FewLabels
+from multikd.evaluation.few_shot import FewShot, ratio_of_rows
+from multikd.evaluation.intervals import mean_interval
 from multikd.evaluation.knn_task import KNN
 from multikd.evaluation.labelled import labelled_rows
 from multikd.evaluation.linear_task import LinearProbe, MultiLabelProbe, precision_of_rows
