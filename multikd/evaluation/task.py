@@ -128,6 +128,11 @@ class Subject(Protocol):
         """Float images ``(B, 3, H, W)`` in [0, 1] → features; differentiable in the images."""
         ...
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a text tower for ``text_weights`` to ask."""
+        ...
+
     def text_weights(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """``(K, D)`` unit rows of the text tower that belongs to this encoder (or head).
 

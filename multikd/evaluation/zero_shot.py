@@ -80,6 +80,10 @@ class ZeroShot(Task):
                 f"{wrong[0] if wrong else 'none'!r}"
             )
 
+    def applies(self, subject: Subject) -> bool:
+        """The encoder has a text tower."""
+        return subject.has_texts
+
     def check(self, splits: Mapping[str, EvalSplit], specs: Mapping[str, EncoderSpec]) -> None:
         """Also refuses data without labels or class names, and names that are given twice."""
         super().check(splits, specs)

@@ -125,6 +125,11 @@ class EncoderSubject:
         found: TokenFeatures = self.column.network(images.to(weights.device))[self.column.member]
         return found
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether a text tower belongs to this encoder or head."""
+        return self.column.text is not None
+
     def text_weights(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Unit rows ``(K, D)`` of the text tower; kept on disk.
 

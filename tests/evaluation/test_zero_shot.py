@@ -111,6 +111,9 @@ def test_encoders_without_texts_are_left_out(subject):
     subject.text = refuse
     with pytest.raises(NotApplicable):
         ZeroShot("data").score(subject)
+    assert ZeroShot("data").applies(subject)
+    subject.text = None
+    assert not ZeroShot("data").applies(subject)
 
 
 def test_bad_input_says_what_was_expected(subject):

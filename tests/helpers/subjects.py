@@ -115,6 +115,10 @@ class MemorySubject:
     def encode(self, images):
         return self.encoder(images)
 
+    @property
+    def has_texts(self):
+        return self.text is not None
+
     def text_weights(self, classes, templates):
         if self.text is None:
             raise ValueError(f"{self.name} has no text tower")
