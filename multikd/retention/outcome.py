@@ -141,4 +141,6 @@ def _where(found: Evaluation, settings: EvaluateSettings, paths: list[Path]) -> 
 def _times(found: Evaluation, seconds: float) -> str:
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in found.seconds.items())
     run = f"{found.extracted} images run" if found.extracted else "all features from the cache"
-    return f"{seconds:.1f} s in all ({parts}; {run})"
+    kept = sum(cell.kept for cell in found.cells)
+    again = f"; {kept} of {len(found.cells)} cells from an earlier run" if kept else ""
+    return f"{seconds:.1f} s in all ({parts}; {run}{again})"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from multikd.evaluation.task import NotApplicable, Task, TaskResult
+from multikd.retention.cells import KeptResult
 from multikd.retention.datasets import EvalDataset, open_data
 from multikd.retention.encoders import Column, OpenOptions, open_encoders
 from multikd.retention.extract import ExtractOptions, extract, plan
@@ -32,6 +33,7 @@ class Cell:
         result: None where the task does not apply, or failed.
         error: why it failed.
         seconds: of scoring.
+        kept: whether it was computed by an earlier run.
     """
 
     task: str
@@ -39,6 +41,7 @@ class Cell:
     result: TaskResult | None
     error: str | None = None
     seconds: float = 0.0
+    kept: bool = False
 
 
 @dataclass
@@ -154,7 +157,12 @@ def _score(found: Evaluation, name: str, task: Task, column: Column, device: str
     column.network.to(device)
     try:
         if task.applies(subject):
-            cell.result = task.score(subject)
+            kept = KeptResult(task, subject, device)
+            cell.result = kept.read()
+            cell.kept = cell.result is not None
+            if cell.result is None:
+                cell.result = task.score(subject)
+                kept.write(cell.result)
     except NotApplicable as reason:
         log.info("%s · %s: %s", name, column.name, reason)
     except (ValueError, ImportError, OSError) as error:
@@ -163,6 +171,8 @@ def _score(found: Evaluation, name: str, task: Task, column: Column, device: str
     finally:
         column.network.cpu()
     cell.seconds = time.perf_counter() - begun
+    if cell.kept and cell.result is not None:
+        cell.seconds = cell.result.seconds
     return cell
 
 
