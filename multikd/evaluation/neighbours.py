@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Candidates are looked for in the columns whose group of _GROUP has one of the largest maxima.
-_GROUP = 64
+from multikd.evaluation.selection import GROUP, largest, stable_top
+
 # Candidates beyond k: near the k-th neighbour more rows than k may be within rounding.
 _SPARE = 28
 # Queries multiplied at once at most; more is no faster.
@@ -121,11 +121,11 @@ class _Search:
         rows, width = self.bank.shape
         size = torch.finfo(self.dtype).bits // 8
         self.kept = min(self.k + _SPARE, rows)
-        tile = min(rows, max(_GROUP, int(self.memory / 2 / (width * size))))
+        tile = min(rows, max(GROUP, int(self.memory / 2 / (width * size))))
         self.tile = math.ceil(rows / math.ceil(rows / tile))
         self.tiles = math.ceil(rows / self.tile)
         # Products, their group maxima, the columns looked at; a query in float64 and in dtype.
-        columns = self.tile + 2 * _GROUP + self.tile // _GROUP + 2 * _GROUP * self.kept
+        columns = self.tile + 2 * GROUP + self.tile // GROUP + 2 * GROUP * self.kept
         row = size * columns + 24 * width
         self.rows = max(1, min(_ROWS, int(self.memory / 4 / row)))
         # Candidates of all queries between the tiles: in what is left, with room to sort them.
@@ -169,9 +169,9 @@ class _Search:
             for some in torch.split(rows, self.rows):
                 products = self._unit_queries(some) @ tile.T
                 products.div_(_TIE_GRID).round_().mul_(_TIE_GRID)
-                parts.append(_stable_top(products, min(self.k, len(tile))))
-            values = torch.cat([best_values, torch.cat([p.similarities for p in parts])], dim=1)
-            found = torch.cat([best, torch.cat([p.indices for p in parts]) + start], dim=1)
+                parts.append(stable_top(products, min(self.k, len(tile))))
+            values = torch.cat([best_values, torch.cat([values for values, _ in parts])], dim=1)
+            found = torch.cat([best, torch.cat([columns for _, columns in parts]) + start], dim=1)
             # Earlier tiles come first, and so do lower indices among equals.
             order = values.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
             best_values, best = values.gather(1, order), found.gather(1, order)
@@ -183,8 +183,8 @@ class _Search:
         values = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.bank.device)
         indices = torch.zeros(shape, dtype=torch.int64, device=self.bank.device)
         excluded = values.new_full((len(rows),), -torch.inf)
-        groups = math.ceil(self.tile / _GROUP)
-        buffer = values.new_empty((min(self.rows, len(rows)), groups * _GROUP))
+        groups = math.ceil(self.tile / GROUP)
+        buffer = values.new_empty((min(self.rows, len(rows)), groups * GROUP))
         for number, (start, tile) in enumerate(self._bank_tiles()):
             buffer[:, len(tile) :] = -torch.inf
             for first in range(0, len(rows), self.rows):
@@ -193,7 +193,7 @@ class _Search:
                 torch.mm(
                     self._unit_queries(some).to(self.dtype), tile.T, out=products[:, : len(tile)]
                 )
-                top, columns, rest = _largest(products, min(self.kept, len(tile)))
+                top, columns, rest = largest(products, min(self.kept, len(tile)))
                 where = slice(first, first + len(some))
                 place = slice(number * self.kept, number * self.kept + top.shape[1])
                 values[where, place], indices[where, place] = top, columns + start
@@ -238,41 +238,6 @@ class _Search:
     def _unit_queries(self, rows: Tensor) -> Tensor:
         # Not in place: float64 queries are not a copy.
         return self.queries[rows].to(torch.float64) / self.query_norms[rows, None]
-
-
-def _largest(products: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` largest of every row, their columns, and a bound ``(R,)`` on all the others.
-
-    ``products`` is ``(R, groups·_GROUP)``, contiguous, padded by −∞. The largest values lie in the
-    groups of columns with the largest maxima, and one cheap pass over the row finds those.
-    """
-    rows, groups = len(products), products.shape[1] // _GROUP
-    if groups <= 2 * count:
-        top = products.topk(count, dim=1)
-        return top.values, top.indices, top.values[:, -1]
-    leading = products.view(rows, groups, _GROUP).amax(dim=2).topk(count, dim=1)
-    first = torch.arange(rows, device=products.device)[:, None] * groups
-    chosen = (first + leading.indices).flatten()
-    some = products.view(rows * groups, _GROUP).index_select(0, chosen).view(rows, -1)
-    top = some.topk(count, dim=1)
-    place = top.indices
-    group = leading.indices.gather(1, place.div(_GROUP, rounding_mode="floor"))
-    columns = group * _GROUP + place % _GROUP
-    return top.values, columns, torch.maximum(leading.values[:, -1], top.values[:, -1])
-
-
-def _stable_top(similarities: Tensor, k: int) -> Neighbours:
-    """Top k of every row; ties go to the lower index, which ``topk`` alone does not promise."""
-    bound = similarities.topk(k, dim=1, sorted=True).values[:, -1:]
-    above = similarities > bound
-    # Of those at the bound, as many of the first as are still wanted.
-    wanted = k - above.sum(dim=1, keepdim=True)
-    tied = similarities == bound
-    chosen = above | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= wanted))
-    indices = chosen.nonzero()[:, 1].view(len(similarities), k)
-    values = similarities.gather(1, indices)
-    order = values.sort(dim=1, descending=True, stable=True).indices
-    return Neighbours(indices.gather(1, order), values.gather(1, order))
 
 
 def _norms(rows: Tensor, name: str, memory: float) -> Tensor:
