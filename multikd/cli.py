@@ -52,6 +52,11 @@ class _Parser(argparse.ArgumentParser):
         if unknown and unknown.group(1).startswith("-"):
             option = unknown.group(1).split("=")[0]
             raise unknown_name("option", option, _options(self), f"(`{self.prog} --help`)")
+        if unknown:
+            raise ValueError(
+                f"unexpected argument {unknown.group(1)!r}: give all of them side by side, before "
+                f"the options (`{self.prog} --help` explains)"
+            )
         raise ValueError(f"{message} (`{self.prog} --help` explains)")
 
 
@@ -81,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_shards(commands)
     _add_teachers(commands)
+    _add_evaluate(commands)
     _add_export(commands)
     _add_configs(commands)
     return parser
@@ -230,6 +236,105 @@ def _add_teachers(commands: Any) -> None:
     inspect.add_argument("--checkpoint", type=Path, default=None, help="weights from a local file")
     inspect.add_argument("--image", type=Path, default=None, help="an image to run")
     _json_argument(inspect)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "score encoders on tasks: what the student kept of every teacher",
+        "ENCODER is one of (NAME=ENCODER gives it a name)\n"
+        "  FILE.ckpt                   a checkpoint of `multikd fit`: the student, its heads and,\n"
+        "                              with --with-teachers, the run's teachers\n"
+        "  DIR                         a folder that `multikd export` wrote\n"
+        "  timm:NAME, open_clip:NAME/TAG, packaged:NAME    (timm:NAME@FILE: weights of your own)\n"
+        "  package.module.Class        a class of your own\n"
+        "\nexamples:\n"
+        "  multikd evaluate multikd-demo/checkpoints/last.ckpt --tasks demo --with-teachers\n"
+        "  multikd evaluate student/ rival=timm:resnet18.a1_in1k --tasks mine.yaml --out eval/\n"
+        "  multikd evaluate last.ckpt --tasks demo --data fashion.test=other-shards/ --heads none\n"
+        "  multikd evaluate --compare eval-a/results.json eval-b/results.json\n"
+        "  multikd evaluate student/ --drift new-photos/ --reference old-photos/\n"
+        "\n`multikd configs tasks/demo` prints a task file to start from. Features are computed\n"
+        "once and kept under --cache; an interrupted run goes on where it stopped.\n",
+    )
+    parser.add_argument("encoders", nargs="*", metavar="ENCODER")
+    parser.add_argument(
+        "--tasks", metavar="FILE", help="task file, or the name of a shipped one (demo)"
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="SET.SPLIT=SOURCE",
+        help="another source for a split of the task file; may be repeated",
+    )
+    parser.add_argument(
+        "--with-teachers",
+        action="store_true",
+        help="score the checkpoint's own teachers too, in float32",
+    )
+    parser.add_argument(
+        "--heads",
+        default="all",
+        metavar="A,B",
+        help="teachers whose heads on the student are scored, too; all (default) or none",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="of a checkpoint (default: the average where the run kept one)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder of results.json, results.csv and report.html (default: multikd-evaluation)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder of features (default: ~/.cache/multikd/evaluation)",
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="how many of them extract features (default: 1)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images a pass (default: 64)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="threads that read images (default: as many as processors, 16 at most)",
+    )
+    parser.add_argument(
+        "--patch-dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="of patch tokens on disk (default: float16)",
+    )
+    parser.add_argument("--no-cost", action="store_true", help="do not measure memory and latency")
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="no nearest neighbours and patch components"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="put earlier results.json files side by side, the first being the reference",
+    )
+    parser.add_argument(
+        "--drift", metavar="NEW", help="images that may have drifted away from --reference"
+    )
+    parser.add_argument("--reference", metavar="OLD", help="images such as the student learned on")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in DIR")
+    _json_argument(parser)
 
 
 class _ListFormats(argparse.Action):
@@ -417,6 +522,39 @@ def _teachers_inspect(arguments: argparse.Namespace) -> int:
     return _finish(text, figures, arguments.json)
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from multikd.retention import commands
+
+    if arguments.compare:
+        commands.only_compares(arguments.encoders, arguments.tasks, arguments.drift)
+        text, figures = commands.run_compare(arguments.compare, arguments.out)
+        return _finish(text, figures, arguments.json)
+    settings = commands.EvaluateSettings(
+        tasks=arguments.tasks or "",
+        out=arguments.out or commands.OUT,
+        data=tuple(arguments.data),
+        heads=commands.split_heads(arguments.heads),
+        with_teachers=arguments.with_teachers,
+        weights=arguments.weights,
+        cache=arguments.cache or commands.CACHE,
+        device=arguments.device,
+        devices=arguments.devices,
+        batch_size=arguments.batch_size,
+        workers=commands.WORKERS if arguments.workers is None else arguments.workers,
+        patch_dtype=arguments.patch_dtype,
+        cost=not arguments.no_cost,
+        pictures=not arguments.no_pictures,
+        overwrite=arguments.overwrite,
+    )
+    if arguments.drift or arguments.reference:
+        found = commands.run_drift(
+            arguments.encoders, arguments.drift, arguments.reference, settings
+        )
+    else:
+        found = commands.run_evaluate(arguments.encoders, settings)
+    return 0 if found is None else _finish(*found, arguments.json)
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from multikd.export.commands import ExportSettings, run_export, split_names
     from multikd.export.timm_folder import TimmOptions
@@ -448,16 +586,20 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _configs(arguments: argparse.Namespace) -> int:
-    from multikd.shipped import find_config, shipped_configs, shipped_fragments
+    from multikd.shipped import find_config, shipped_configs, shipped_fragments, shipped_tasks
 
     fragments = shipped_fragments()
     if arguments.name is not None:
         stem = arguments.name.removesuffix(".yaml")
-        path = fragments[stem] if stem in fragments else find_config(arguments.name)
+        others = fragments | {f"tasks/{name}": path for name, path in shipped_tasks().items()}
+        path = others[stem] if stem in others else find_config(arguments.name)
         print(path.read_text(encoding="utf-8"), end="")
         return 0
     print("configs, for `multikd fit --config NAME`:")
     for name, path in shipped_configs().items():
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\ntask files, for `multikd evaluate --tasks NAME` (`multikd configs tasks/NAME`):")
+    for name, path in shipped_tasks().items():
         print(f"  {name:<28} {_first_line(path)}")
     print("\nfragments, for `--model.teachers.NAME=FRAGMENT` and `--model.student=FRAGMENT`:")
     for name, path in fragments.items():

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from multikd.callbacks import KNNProbe, LinearProbe
+from multikd.callbacks.feature_probe import FeatureProbe
 from multikd.checkpoints import read_config
 from multikd.data.module import ShardDataModule
 from multikd.modules.distillation import DistillationModule
 
 log = logging.getLogger(__name__)
 
+_PROBES: dict[str, type[FeatureProbe]] = {p.metric: p for p in (KNNProbe, LinearProbe)}
 # Lightning's own words for checkpoints that it finds by itself.
 CKPT_WORDS = ("last", "best", "hpc")
 
@@ -104,17 +108,18 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
 
 
 def check_monitors(trainer: pl.Trainer, data: ShardDataModule) -> None:
-    """Refuse a watched ``val/…`` value that no validation set will give.
+    """Refuse a watched ``val/…`` value that will not be there, or would be read the wrong way.
 
     Raises:
-        ValueError: the callback and what is missing; Lightning would find out after an epoch.
+        ValueError: the callback and what is missing; Lightning would find out after an epoch, or
+            stop a run because it gets better.
     """
     callbacks: list[Callback] = getattr(trainer, "callbacks", [])
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(monitor, str) or not monitor.startswith("val/"):
             continue
-        needed = ["val", "bank"] if monitor == "val/knn" else ["val"]
+        needed = ["val", "bank"] if monitor in _PROBES else ["val"]
         missing = [role for role in needed if not data.has(role)]
         if missing:
             raise ValueError(
@@ -122,6 +127,46 @@ def check_monitors(trainer: pl.Trainer, data: ShardDataModule) -> None:
                 f"{' and '.join('data.' + role for role in missing)}: give shards for it, or set "
                 "the callback's monitor to null"
             )
+        if monitor in _PROBES and isinstance(callback, EarlyStopping | ModelCheckpoint):
+            _check_probe(trainer, callback, monitor, callbacks)
+
+
+def _check_probe(
+    trainer: pl.Trainer,
+    watcher: EarlyStopping | ModelCheckpoint,
+    monitor: str,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Refuse what would read a probe that is absent, upside down, or of an earlier epoch."""
+    name, kind = type(watcher).__name__, _PROBES[monitor]
+    probes = [c for c in callbacks if isinstance(c, kind)]
+    if not probes:
+        raise ValueError(
+            f"{name} watches {monitor}, which {kind.__name__} logs: add it to trainer.callbacks"
+        )
+    if watcher.mode != "max":
+        raise ValueError(
+            f"{name} watches {monitor} with mode {watcher.mode}, but more is better: set its mode "
+            "to max"
+        )
+    # Lightning keeps the last value of a metric, so an epoch without a score would count as one
+    # without progress; before the first score there is none, and the run would break off.
+    scored = probes[0].every_n_epochs
+    validated = getattr(trainer, "check_val_every_n_epoch", None) or 1
+    looked = validated
+    if isinstance(watcher, ModelCheckpoint):
+        looked = math.lcm(validated, getattr(watcher, "_every_n_epochs", 0) or 1)
+    if looked % scored:
+        remedy = (
+            f"its every_n_epochs to {scored}"
+            if isinstance(watcher, ModelCheckpoint)
+            else f"trainer.check_val_every_n_epoch to {scored}"
+        )
+        raise ValueError(
+            f"{name} reads {monitor} every {looked} epoch{'s' * (looked > 1)} and "
+            f"{kind.__name__} scores every {scored}: set {remedy}, or the probe's every_n_epochs "
+            f"to {looked}"
+        )
 
 
 def check_checkpoint(

@@ -8,6 +8,8 @@ from multikd.errors import unknown_name
 
 # Folders of fragments: one teacher or one student, to be named inside a config.
 FRAGMENT_FOLDERS = ("teachers", "students")
+# What `multikd evaluate --tasks` takes.
+TASK_FOLDER = "tasks"
 
 
 def config_root() -> Path:
@@ -18,7 +20,14 @@ def config_root() -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """Name → path of every shipped training config (``classics/rkd`` for one in a folder)."""
-    return {n: p for n, p in _all_files().items() if n.split("/")[0] not in FRAGMENT_FOLDERS}
+    others = (*FRAGMENT_FOLDERS, TASK_FOLDER)
+    return {n: p for n, p in _all_files().items() if n.split("/")[0] not in others}
+
+
+def shipped_tasks() -> dict[str, Path]:
+    """Name → path of every shipped task file: ``demo`` for ``tasks/demo.yaml``."""
+    found = {n: p for n, p in _all_files().items() if n.split("/")[0] == TASK_FOLDER}
+    return {n.partition("/")[2]: path for n, path in found.items()}
 
 
 def shipped_fragments() -> dict[str, Path]:
@@ -50,6 +59,22 @@ def find_config(name: str) -> Path:
     if path.is_dir():
         raise ValueError(f"{name} is a folder: give a YAML file in it")
     raise unknown_name("config", name, configs, "(or give the path of a YAML file)")
+
+
+def find_tasks(name: str) -> Path:
+    """The file that ``--tasks name`` means: an existing path, or else a shipped task file.
+
+    Raises:
+        ValueError: neither a file nor a shipped name; the nearest names are offered.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    tasks = shipped_tasks()
+    stem = _stem(name).removeprefix(f"{TASK_FOLDER}/")
+    if stem in tasks:
+        return tasks[stem]
+    raise unknown_name("task file", name, tasks, "(or give the path of a YAML file)")
 
 
 def find_fragment(name: str, beside: Path | None = None) -> Path | None:

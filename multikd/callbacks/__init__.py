@@ -4,6 +4,7 @@ from multikd.callbacks.data_faults import DataFaults
 from multikd.callbacks.feature_writer import FeatureWriter
 from multikd.callbacks.finite import FiniteLossGuard, NonFiniteLossError
 from multikd.callbacks.knn_probe import KNNProbe
+from multikd.callbacks.linear_probe import LinearProbe
 from multikd.callbacks.precompute import PrecomputeFeatures
 from multikd.callbacks.quantization_aware import QuantizationAware
 from multikd.callbacks.throughput import Throughput
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureWriter",
     "FiniteLossGuard",
     "KNNProbe",
+    "LinearProbe",
     "NonFiniteLossError",
     "PrecomputeFeatures",
     "QuantizationAware",

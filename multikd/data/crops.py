@@ -51,16 +51,32 @@ def crop_resize(image: Image.Image, box: list[float], size: int) -> Image.Image:
 
 def resize_centre(image: Image.Image, resize: int, size: int) -> Image.Image:
     """Resize the short side and cut out the centre, computing only what is kept."""
-    width, height = image.size
-    short = min(width, height)
-    new_w = resize if width == short else int(resize * width / height)
-    new_h = resize if height == short else int(resize * height / width)
-    left, top = round((new_w - size) / 2), round((new_h - size) / 2)
-    step_x, step_y = width / new_w, height / new_h
-    box = (left * step_x, top * step_y, (left + size) * step_x, (top + size) * step_y)
-    # Rounding must not push the box past the image by an ulp: PIL refuses it.
-    box = (box[0], box[1], min(box[2], float(width)), min(box[3], float(height)))
+    box = centre_box(image.size, (resize, resize), (size, size))
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def centre_box(
+    image_size: tuple[int, int], resize: tuple[int, int], size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """The part of an image that remains when it is resized to cover ``resize`` and cut to ``size``.
+
+    Args:
+        image_size: (width, height) of the image.
+        resize: (height, width) that the resized image covers, touching one of them.
+        size: (height, width) of the centre that is kept.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the image.
+    """
+    width, height = image_size
+    by_width = resize[1] * height >= resize[0] * width  # the width is the side that binds
+    new_w = resize[1] if by_width else int(resize[0] * width / height)
+    new_h = int(resize[1] * height / width) if by_width else resize[0]
+    left, top = round((new_w - size[1]) / 2), round((new_h - size[0]) / 2)
+    step_x, step_y = width / new_w, height / new_h
+    box = (left * step_x, top * step_y, (left + size[1]) * step_x, (top + size[0]) * step_y)
+    # Rounding must not push the box past the image by an ulp: PIL refuses it.
+    return (box[0], box[1], min(box[2], float(width)), min(box[3], float(height)))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

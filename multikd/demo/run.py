@@ -34,7 +34,6 @@ from multikd.demo.scoring import (
     Scored,
     both_sets,
     concatenate,
-    confusion,
     score,
     table,
 )
@@ -137,9 +136,7 @@ def run_demo(settings: DemoSettings) -> tuple[str, dict[str, Any]]:
             scores=rows,
             history=history,
             neighbours=neighbour_rows(student, bank, queries),
-            confusion=confusion(
-                scored[0].logistic_answers, student.query_labels, len(CLASSES)
-            ).numpy(),
+            confusion=scored[0].confusion.numpy(),
             command=shlex.join(["multikd", *sys.argv[1:]]) if len(sys.argv) > 1 else "multikd demo",
             seconds=clock.seconds,
             versions={p: version(p) for p in ("multikd", "torch", "timm", "lightning")},
@@ -223,11 +220,15 @@ def score_all(
 ) -> list[Scored]:
     """Student, untrained student, every teacher, and the teachers side by side."""
     name = str(encoder.spec.name)
-    scored = [score(name, "student", student, count(encoder))]
+    scored = [score(name, "student", student, count(encoder), CLASSES)]
     untrained = untrained_twin(settings)
     scored.append(
         score(
-            f"{name}, untrained", "untrained", both_sets(untrained, bank, queries), count(encoder)
+            f"{name}, untrained",
+            "untrained",
+            both_sets(untrained, bank, queries),
+            count(encoder),
+            CLASSES,
         )
     )
     parts = []
@@ -236,8 +237,10 @@ def score_all(
         encoder_name = module.teacher(teacher_name).spec.name
         reference = Teacher(encoder_name, resize="none", dtype="float32")
         parts.append(both_sets(reference, bank, queries))
-        scored.append(score(teacher_name, "teacher", parts[-1], reference.num_parameters))
-    scored.append(score("teachers, concatenated", "concatenated", concatenate(parts), None))
+        scored.append(score(teacher_name, "teacher", parts[-1], reference.num_parameters, CLASSES))
+    scored.append(
+        score("teachers, concatenated", "concatenated", concatenate(parts), None, CLASSES)
+    )
     return scored
 
 
@@ -262,7 +265,7 @@ def single_teacher(settings: DemoSettings, out: Path, name: str, bank: Any, quer
     run_lightning(args)
     trained = load_student(folder / "checkpoints" / "last.ckpt")
     features = both_sets(trained.student, bank, queries)
-    return score(f"student of {name} alone", "single", features, count(trained.student))
+    return score(f"student of {name} alone", "single", features, count(trained.student), CLASSES)
 
 
 def count(encoder: torch.nn.Module) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from multikd.demo.report import Role, Score
-from multikd.evaluation import extract_features, knn_predict, logistic_regression, paired_interval
+from multikd.evaluation import extract_features, paired_interval
 from multikd.evaluation.extract import EncoderOutput
+from multikd.evaluation.knn_task import KNN
+from multikd.evaluation.labelled import LabelledRows
+from multikd.evaluation.linear_task import LinearProbe
 from multikd.types import Batch
 
 NEIGHBOURS = 20
@@ -38,7 +41,7 @@ class Scored:
     parameters: int | None
     knn: Tensor  # bool (B,), whether each held-out image was answered rightly
     logistic: Tensor
-    logistic_answers: Tensor  # int64 (B,)
+    confusion: Tensor  # int64 (K, K), truth × answer of the logistic regression
 
 
 def both_sets(
@@ -65,27 +68,24 @@ def concatenate(parts: list[Features]) -> Features:
     )
 
 
-def score(name: str, role: Role, features: Features, parameters: int | None) -> Scored:
-    """k-NN (k = 20, cosine, 0.07) and logistic regression (L-BFGS) of one encoder."""
-    classes = int(features.bank_labels.max()) + 1
-    near = knn_predict(
-        features.bank,
-        features.bank_labels,
-        features.queries,
-        k=NEIGHBOURS,
-        temperature=TEMPERATURE,
-        num_classes=classes,
+def score(
+    name: str, role: Role, features: Features, parameters: int | None, classes: Sequence[str]
+) -> Scored:
+    """k-NN (k = 20, cosine, 0.07) and logistic regression, by what ``multikd evaluate`` runs."""
+    rows = (
+        LabelledRows.of(features.bank, features.bank_labels),
+        LabelledRows.of(features.queries, features.query_labels),
     )
-    fit = logistic_regression(
-        features.bank, features.bank_labels, features.queries, c=INVERSE_REGULARISATION
-    )
+    near = KNN("demo", ks=(NEIGHBOURS,), temperatures=(TEMPERATURE,)).score_rows(*rows, classes)
+    probe = LinearProbe("demo", solver="lbfgs", c=INVERSE_REGULARISATION)
+    linear = probe.score_rows(*rows, classes)
     return Scored(
         name,
         role,
         parameters,
-        near.cpu() == features.query_labels,
-        fit.predictions == features.query_labels,
-        fit.predictions,
+        torch.as_tensor(near.per_sample) > 0,
+        torch.as_tensor(linear.per_sample) > 0,
+        torch.tensor(linear.details["confusion"]),
     )
 
 
@@ -107,8 +107,3 @@ def table(scored: list[Scored]) -> list[Score]:
             )
         )
     return rows
-
-
-def confusion(answers: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """int64 ``(K, K)``: truth × answer."""
-    return torch.bincount(truth * classes + answers, minlength=classes**2).view(classes, classes)

@@ -7,8 +7,10 @@ wrong says nothing of their difference, and leaving it out makes the interval ho
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +56,35 @@ class PairedInterval:
     def resolved(self) -> bool:
         """Whether the interval leaves 0 out, so that the sign of the difference is known."""
         return self.low > 0 or self.high < 0
+
+
+class MeanInterval(NamedTuple):
+    """Mean of repeated measurements and its two-sided Student-t interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> MeanInterval:
+    """``mean ± t_{n−1} · s/√n`` of independent repetitions.
+
+    Raises:
+        ValueError: fewer than two values, or a confidence out of range.
+    """
+    if len(values) < 2 or not 0 < confidence < 1:
+        raise ValueError(
+            "an interval over repetitions needs at least two, and a confidence between 0 and 1, "
+            f"received {len(values)} and {confidence}"
+        )
+    from scipy.stats import t
+
+    rows = np.asarray(values, dtype=np.float64)
+    half = float(t.ppf(0.5 + confidence / 2, len(rows) - 1) * rows.std(ddof=1)) / math.sqrt(
+        len(rows)
+    )
+    mean = float(rows.mean())
+    return MeanInterval(mean, mean - half, mean + half)
 
 
 def accuracy_interval(correct: Tensor, confidence: float = 0.95) -> Accuracy:

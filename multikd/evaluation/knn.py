@@ -2,75 +2,55 @@
 
 The probe of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
 (CVPR 2018, section 3.4), with the k = 20 and τ = 0.07 that DINO and UNIC report.
+
+Shapes: M rows of the bank, B queries, D width, K classes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Up to so many products the similarities are computed in float64; a larger bank gets float32.
-_FLOAT64_PRODUCTS = 2**38
+from multikd.evaluation.neighbours import Neighbours, nearest_neighbours
+
+__all__ = ["Neighbours", "knn_predict", "knn_scores", "knn_votes", "nearest_neighbours"]
+
+# Votes counted at once: (queries × classes) values.
+_COUNTED = 2**22
 
 
-class Neighbours(NamedTuple):
-    """The k nearest bank rows of every query, nearest first; equally near ones by index."""
+def knn_votes(
+    found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int
+) -> Tensor:
+    """Share of the votes of every class among the first ``k`` of the neighbours found.
 
-    indices: Tensor  # int64 (B, k)
-    similarities: Tensor  # (B, k) cosine in [-1, 1]
-
-
-def nearest_neighbours(bank: Tensor, queries: Tensor, k: int, chunk: int = 256) -> Neighbours:
-    """The ``k`` rows of ``bank`` with the largest cosine similarity to every query, exactly.
-
-    Similarities are float64 while M·B·D is at most 2³⁸ (and the device has float64), else
-    float32. A row of zeros has similarity 0 to everything.
+    One search with the largest k serves every smaller one, and every temperature.
 
     Args:
-        bank: ``(M, D)``, any floating dtype.
-        queries: ``(B, D)``.
-        k: neighbours, from 1 to M.
-        chunk: queries compared at once; memory is about ``chunk · M`` similarities.
+        found: of B queries, ``k`` or more neighbours each.
+        labels: int64 ``(M,)`` in [0, K).
+        k: neighbours that vote.
+        temperature: τ of the votes ``exp(sim/τ)``, above 0.
+        classes: K.
 
     Returns:
-        Indices ``(B, k)`` and similarities ``(B, k)`` on the device of ``bank``. Of several rows
-        equally near, those with the lowest index are taken.
+        float64 ``(B, K)``, non-negative, rows summing to 1.
 
     Raises:
-        ValueError: shapes that do not fit, k out of range, or values that are not finite.
+        ValueError: k beyond the neighbours found, or τ ≤ 0.
     """
-    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
-        raise ValueError(
-            "bank and queries must be (M, D) and (B, D) of one width, received "
-            f"{tuple(bank.shape)} and {tuple(queries.shape)}"
-        )
-    if not 1 <= k <= bank.shape[0]:
-        raise ValueError(
-            f"k must be from 1 to the {bank.shape[0]} rows of the bank, received {k}: "
-            "use a smaller k or a larger bank"
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, received {chunk}")
-    for name, rows in (("bank", bank), ("queries", queries)):
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"the features of the {name} must be finite, received NaN or infinity")
-    products = bank.shape[0] * queries.shape[0] * bank.shape[1]
-    small = products <= _FLOAT64_PRODUCTS and bank.device.type != "mps"
-    dtype = torch.float64 if small else torch.float32
-    bank_t = _unit(bank, dtype).T
-    parts = [
-        _top(_unit(queries[start : start + chunk].to(bank.device), dtype) @ bank_t, k)
-        for start in range(0, len(queries), chunk)
-    ]
-    if not parts:
-        empty = queries.new_empty((0, k), dtype=dtype)
-        return Neighbours(empty.to(torch.int64), empty)
-    return Neighbours(
-        torch.cat([part.indices for part in parts]),
-        torch.cat([part.similarities for part in parts]),
-    )
+    if not 1 <= k <= found.indices.shape[1]:
+        raise ValueError(f"k must be from 1 to {found.indices.shape[1]} neighbours, received {k}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, received {temperature}")
+    similarities = found.similarities[:, :k]
+    # Relative to the nearest: the shares are the same, and no small τ overflows.
+    votes = ((similarities - similarities[:, :1]) / temperature).exp()
+    of_class = labels.to(found.indices.device)[found.indices[:, :k]]
+    totals = votes.new_zeros((len(votes), classes)).scatter_add_(1, of_class, votes)
+    return totals / totals.sum(dim=1, keepdim=True)
 
 
 def knn_scores(
@@ -80,7 +60,7 @@ def knn_scores(
     k: int = 20,
     temperature: float = 0.07,
     num_classes: int | None = None,
-    chunk: int = 256,
+    memory_mb: float = 512.0,
 ) -> Tensor:
     """Share of the votes of every class: ``Σ exp(sim/τ)`` over the neighbours of that class.
 
@@ -91,34 +71,20 @@ def knn_scores(
         k: neighbours that vote.
         temperature: τ above 0; small lets the nearest decide, large makes all votes equal.
         num_classes: K; by default the largest label + 1.
-        chunk: queries compared at once.
+        memory_mb: megabytes of working memory of the search.
 
     Returns:
-        ``(B, K)`` non-negative, rows summing to 1, in the dtype of the similarities.
+        float64 ``(B, K)``, non-negative, rows summing to 1.
 
     Raises:
         ValueError: see :func:`nearest_neighbours`; also labels out of range, or τ ≤ 0.
     """
-    if labels.shape != bank.shape[:1]:
-        raise ValueError(
-            f"labels must be ({bank.shape[0]},), one for every row of the bank, "
-            f"received {tuple(labels.shape)}"
-        )
-    if temperature <= 0:
+    if not temperature > 0:  # before the search, not after it
         raise ValueError(f"temperature must be above 0, received {temperature}")
-    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    classes = high + 1 if num_classes is None else num_classes
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"labels of the bank must be from 0 to {classes - 1}, received {low} to {high}: "
-            "leave unlabelled images out of the bank"
-        )
-    found = nearest_neighbours(bank, queries, k, chunk)
-    # Relative to the nearest: the shares are the same, and no small τ overflows.
-    votes = ((found.similarities - found.similarities[:, :1]) / temperature).exp()
-    neighbour_labels = labels.to(found.indices.device)[found.indices]
-    totals = votes.new_zeros((len(votes), classes)).scatter_add_(1, neighbour_labels, votes)
-    return totals / totals.sum(dim=1, keepdim=True)
+    classes = class_count(bank, labels, num_classes)
+    return knn_votes(
+        nearest_neighbours(bank, queries, k, memory_mb), labels, k, temperature, classes
+    )
 
 
 def knn_predict(
@@ -128,7 +94,7 @@ def knn_predict(
     k: int = 20,
     temperature: float = 0.07,
     num_classes: int | None = None,
-    chunk: int = 256,
+    memory_mb: float = 512.0,
 ) -> Tensor:
     """The class with the most votes for every query; of equal ones, the lowest index.
 
@@ -143,24 +109,80 @@ def knn_predict(
         >>> knn_predict(bank, torch.tensor([0, 1]), torch.tensor([[0.2, 0.9]]), k=1)
         tensor([1])
     """
-    return knn_scores(bank, labels, queries, k, temperature, num_classes, chunk).argmax(dim=1)
+    return knn_sweep(
+        bank, labels, queries, [k], [temperature], num_classes=num_classes, memory_mb=memory_mb
+    )[k, temperature]
 
 
-def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.nn.functional.normalize(rows.detach().to(dtype), dim=1)
+def knn_sweep(
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    ks: Sequence[int] = (20,),
+    temperatures: Sequence[float] = (0.07,),
+    *,
+    num_classes: int | None = None,
+    memory_mb: float = 512.0,
+) -> dict[tuple[int, float], Tensor]:
+    """:func:`knn_predict` for every k and temperature, out of one search.
+
+    Args:
+        bank: ``(M, D)``.
+        labels: int64 ``(M,)``.
+        queries: ``(B, D)``.
+        ks: values of k.
+        temperatures: values of τ.
+        num_classes: K; by default the largest label + 1.
+        memory_mb: megabytes of working memory of the search.
+
+    Returns:
+        ``(k, τ)`` → int64 ``(B,)``.
+
+    Raises:
+        ValueError: see :func:`knn_scores`; also no k or no temperature.
+    """
+    if not ks or not temperatures:
+        raise ValueError("k-NN needs at least one k and one temperature, received none")
+    for temperature in temperatures:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, received {temperature}")
+    classes = class_count(bank, labels, num_classes)
+    found = nearest_neighbours(bank, queries, max(ks), memory_mb)
+    return {
+        (k, temperature): vote(found, labels, k, temperature, classes)
+        for k in ks
+        for temperature in temperatures
+    }
 
 
-def _top(similarities: Tensor, k: int) -> Neighbours:
-    """Top k of every row; ties go to the lower index, which ``topk`` alone does not promise."""
-    bound = similarities.topk(k, dim=1, sorted=True).values[:, -1:]
-    candidates = similarities >= bound
-    tied = candidates.sum(dim=1) > k
-    if bool(tied.any()):
-        # Rare (duplicates in the bank, collapsed features): a stable sort keeps index order.
-        rows = similarities[tied]
-        kept = rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        candidates[tied] = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, kept, True)
-    indices = candidates.nonzero()[:, 1].view(len(similarities), k)
-    values = similarities.gather(1, indices)
-    order = values.sort(dim=1, descending=True, stable=True).indices
-    return Neighbours(indices.gather(1, order), values.gather(1, order))
+def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
+    """Class with the most votes, int64 ``(B,)``; some queries at a time where K is large."""
+    step = max(1, _COUNTED // classes)
+    parts = [
+        knn_votes(Neighbours(indices, similarities), labels, k, temperature, classes).argmax(dim=1)
+        for indices, similarities in zip(
+            torch.split(found.indices, step), torch.split(found.similarities, step), strict=True
+        )
+    ]
+    return torch.cat(parts)
+
+
+def class_count(bank: Tensor, labels: Tensor, num_classes: int | None) -> int:
+    """K, after checking that every row of the bank has a label in [0, K).
+
+    Raises:
+        ValueError: labels of another shape or out of range.
+    """
+    if labels.shape != bank.shape[:1]:
+        raise ValueError(
+            f"labels must be ({bank.shape[0]},), one for every row of the bank, "
+            f"received {tuple(labels.shape)}"
+        )
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    classes = high + 1 if num_classes is None else num_classes
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels of the bank must be from 0 to {classes - 1}, received {low} to {high}: "
+            "leave unlabelled images out of the bank"
+        )
+    return classes

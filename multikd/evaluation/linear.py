@@ -18,7 +18,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-C_CANDIDATES = (1e-3, 1e-2, 1e-1, 1.0)
+C_CANDIDATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Choosing C needs the order of a few candidates, not their last digit.
 _SELECTION_TOLERANCE = 1e-3
 
@@ -29,6 +29,11 @@ class LogisticFit:
 
     Attributes:
         predictions: int64 ``(B,)``, one of the train labels for every test row.
+        probabilities: float64 ``(B, K)`` of the ``classes``, rows summing to 1.
+        classes: int64 ``(K,)``, the train labels, ascending.
+        weight: float64 ``(K, D)`` on features as they are: ``softmax(x @ weightᵀ + bias)`` are the
+            probabilities.
+        bias: float64 ``(K,)``.
         c: inverse strength of the penalty that was used.
         iterations: L-BFGS iterations of the final fit.
         converged: False where the final fit stopped at ``max_iterations``.
@@ -37,6 +42,10 @@ class LogisticFit:
     """
 
     predictions: Tensor
+    probabilities: Tensor
+    classes: Tensor
+    weight: Tensor
+    bias: Tensor
     c: float
     iterations: int
     converged: bool
@@ -51,9 +60,11 @@ def logistic_regression(
     c: float | None = None,
     candidates: Sequence[float] = C_CANDIDATES,
     validation_fraction: float = 0.2,
+    held: Tensor | None = None,
     seed: int = 0,
     max_iterations: int = 1000,
     tolerance: float = 1e-4,
+    standardise: bool = True,
 ) -> LogisticFit:
     """Fit a multinomial logistic regression on ``train`` and predict ``test``.
 
@@ -68,9 +79,11 @@ def logistic_regression(
             (the smallest of equally good ones), refitted on the whole of it.
         candidates: values of C to choose from.
         validation_fraction: share of every class held out for the choice.
+        held: bool ``(M,)``, the train rows held out for the choice, in place of a drawn part.
         seed: of that split.
         max_iterations: bound on L-BFGS iterations.
         tolerance: largest gradient component of the mean loss at which L-BFGS stops.
+        standardise: False takes the features as they are.
 
     Raises:
         ValueError: shapes that do not fit, values that are not finite, fewer than two classes, or
@@ -79,15 +92,24 @@ def logistic_regression(
     train, labels, test = _arrays(train_x, train_y, test_x)
     validation: tuple[tuple[float, float], ...] = ()
     if c is None:
-        validation = _validate(train, labels, candidates, validation_fraction, seed, max_iterations)
+        if held is None:
+            mask = stratified(labels, validation_fraction, seed)
+        else:
+            mask = _held(held, labels)
+        validation = _validate(train, labels, candidates, mask, max_iterations, standardise)
         # The strongest penalty among equals: it generalises no worse and converges soonest.
         c = min(validation, key=lambda pair: (-pair[1], pair[0]))[0]
     model = _model(max_iterations, tolerance)
-    scaled_train, scaled_test = _standardise(train, test)
+    scaled_train, scaled_test = _standardise(train, test) if standardise else (train, test)
     _fit(model, c, scaled_train, labels)
+    weight, bias = _affine(model, train if standardise else None)
     iterations = int(np.max(model.n_iter_))
     return LogisticFit(
         predictions=torch.from_numpy(model.predict(scaled_test).astype(np.int64)),
+        probabilities=torch.from_numpy(_probabilities(model, scaled_test)),
+        classes=torch.from_numpy(model.classes_.astype(np.int64)),
+        weight=weight,
+        bias=bias,
         c=float(c),
         iterations=iterations,
         converged=iterations < max_iterations,
@@ -99,15 +121,16 @@ def _validate(
     train: Array,
     labels: Array,
     candidates: Sequence[float],
-    fraction: float,
-    seed: int,
+    held: Array,
     max_iterations: int,
+    standardise: bool,
 ) -> tuple[tuple[float, float], ...]:
     """Accuracy of every candidate on the held-out part of the train split."""
     if not candidates or min(candidates) <= 0:
         raise ValueError(f"candidates for C must be above 0, received {tuple(candidates)}")
-    held = _stratified(labels, fraction, seed)
-    fitted, tested = _standardise(train[~held], train[held])
+    fitted, tested = train[~held], train[held]
+    if standardise:
+        fitted, tested = _standardise(fitted, tested)
     model = _model(max_iterations, _SELECTION_TOLERANCE)
     # Each fit starts from the one before, with a little less penalty: a third of the time.
     model.set_params(warm_start=True)
@@ -118,8 +141,12 @@ def _validate(
     return tuple(scores)
 
 
-def _stratified(labels: Array, fraction: float, seed: int) -> Array:
-    """Boolean mask that holds out ``fraction`` of every class, at least one image of each."""
+def stratified(labels: Array, fraction: float, seed: int) -> Array:
+    """Boolean mask that holds out ``fraction`` of every class, at least one image of each.
+
+    Raises:
+        ValueError: a fraction out of range, or a class of one image.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, received {fraction}")
     generator = np.random.default_rng(seed)
@@ -136,13 +163,51 @@ def _stratified(labels: Array, fraction: float, seed: int) -> Array:
     return held
 
 
-def _standardise(train: Array, test: Array) -> tuple[Array, Array]:
+def _held(held: Tensor, labels: Array) -> Array:
+    mask: Array = held.cpu().numpy().astype(bool)
+    if mask.shape != labels.shape or mask.all() or len(np.unique(labels[~mask])) < 2:
+        raise ValueError(
+            f"held must mark some of the {len(labels)} train rows and leave two classes, received "
+            f"{int(mask.sum())} of {len(mask)}"
+        )
+    return mask
+
+
+def _probabilities(model: Any, rows: Array) -> Array:
+    """Float64 softmax of the decision values (scikit-learn's own stays in float32)."""
+    scores = model.decision_function(rows).astype(np.float64)
+    if scores.ndim == 1:  # two classes: one column, of the second against the first
+        scores = np.stack([np.zeros_like(scores), scores], axis=1)
+    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+    shares: Array = scores / scores.sum(axis=1, keepdims=True)
+    return shares
+
+
+def _affine(model: Any, train: Array | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias on features as they are, whatever the fit standardised."""
+    weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(weight) == 1:  # two classes: one row, of the second against the first
+        weight = np.concatenate([np.zeros_like(weight), weight])
+        bias = np.concatenate([np.zeros_like(bias), bias])
+    if train is not None:
+        mean, std, constant = _scaling(train)
+        weight = np.where(constant, 0.0, weight / std)
+        bias = bias - weight @ mean
+    return torch.from_numpy(weight), torch.from_numpy(bias)
+
+
+def _scaling(train: Array) -> tuple[Array, Array, Array]:
+    """Mean, deviation (1 where constant), and which features are constant."""
     mean = train.mean(axis=0, dtype=np.float64)
     std = train.std(axis=0, dtype=np.float64)
     # A constant feature's deviation is rounding noise, and would be blown up to unit size.
     noise = 10 * np.finfo(train.dtype).eps * np.abs(mean)
     constant = std <= noise
-    std = np.where(constant, 1.0, std)
+    return mean, np.where(constant, 1.0, std), constant
+
+
+def _standardise(train: Array, test: Array) -> tuple[Array, Array]:
+    mean, std, constant = _scaling(train)
 
     def scale(rows: Array) -> Array:
         scaled = (rows.astype(np.float64) - mean) / std

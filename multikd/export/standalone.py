@@ -116,10 +116,19 @@ class Student(nn.Module):
 
     def forward(self, names: Collection[str], images: Tensor) -> dict[str, Features]:
         """Several heads from one pass of the encoder."""
+        return self.everything(images, names)[1]
+
+    def everything(
+        self, images: Tensor, names: Collection[str]
+    ) -> tuple[Features, dict[str, Features]]:
+        """The student's own features, and those of these heads, from one pass of the encoder."""
         self._check(names)
+        if not names:
+            return self.encode(images), {}
         pixels = self._normalize(images)
-        rungs = self._rungs(pixels)
-        return {n: cast(Features, self.heads[n](rungs, _size(pixels))) for n in names}
+        own, rungs = self._pass(pixels)
+        heads = {n: cast(Features, self.heads[n](rungs, _size(pixels))) for n in names}
+        return own, heads
 
     def _check(self, names: Collection[str]) -> None:
         for name in names:
@@ -136,7 +145,7 @@ class Student(nn.Module):
         dtype = next((p.dtype for p in self.encoder.parameters()), images.dtype)
         return ((images.float() - self.mean) / self.std).to(dtype)
 
-    def _rungs(self, pixels: Tensor) -> list[Features]:
+    def _pass(self, pixels: Tensor) -> tuple[Features, list[Features]]:
         plan = self.about["rungs"]
         options = {"return_prefix_tokens": True} if plan["tokens"] else {}
         final, outputs = self.encoder.forward_intermediates(  # type: ignore[operator]
@@ -149,9 +158,10 @@ class Student(nn.Module):
             use_class = plan["class_summary"] and prefix is not None
             summary = prefix[:, 0] if use_class else patches.mean(dim=1)
             rungs.append(Features(summary, patches, (grid.shape[2], grid.shape[3])))
+        own = _final(self.encoder, final, pixels)
         if plan["last_is_final"]:
-            rungs[-1] = _final(self.encoder, final, pixels)
-        return rungs
+            rungs[-1] = own
+        return own, rungs
 
 
 class _Ladder(nn.Module):

@@ -13,7 +13,7 @@ from helpers import training as small
 from helpers.ddp import run_ranks
 from torch import Tensor
 
-from multikd.callbacks import KNNProbe
+from multikd.callbacks import KNNProbe, LinearProbe
 from multikd.data.module import ShardDataModule
 from multikd.data.views import EvalViews
 from multikd.evaluation.knn import knn_predict
@@ -87,10 +87,11 @@ class Features(pl.Callback):
 def on_ranks(folder: Path, out: Path) -> dict[str, float]:
     module = small.module(validate_losses=False)
     features = Features()
-    runner = small.ddp_trainer(out, features, KNNProbe(k=5))
+    runner = small.ddp_trainer(out, features, KNNProbe(k=5), LinearProbe(c=0.1))
     runner.fit(module, datamodule=data_of(folder))
     return {
         "knn": float(runner.callback_metrics["val/knn"]),
+        "linear": float(runner.callback_metrics["val/linear"]),
         "direct": direct(module, folder, 5),
         "seen": features.seen,
     }
@@ -100,6 +101,7 @@ def test_on_two_ranks_with_filler_rows(folder: Path, tmp_path: Path) -> None:
     first, second = run_ranks(on_ranks, 2, folder, tmp_path)
     assert first["knn"] == second["knn"] == pytest.approx(first["direct"])
     assert first["seen"] + second["seen"] == 24 + 32  # with fillers
+    assert first["linear"] == second["linear"] == pytest.approx(round(first["linear"] * 23) / 23)
 
 
 def test_it_scores_every_nth_epoch_and_whenever_validate_asks(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from multikd.evaluation import knn_predict, knn_scores, nearest_neighbours
+from multikd.evaluation.knn import knn_sweep
 
 
 def brute_force(bank, labels, queries, k, temperature, classes):
@@ -34,16 +35,17 @@ def clusters():
 
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.07), (20, 0.07), (20, 1.0), (300, 0.3)])
-@pytest.mark.parametrize("chunk", [7, 256])
-def test_equals_brute_force_to_the_last_prediction(clusters, k, temperature, chunk):
+@pytest.mark.parametrize("memory", [1, 512])
+def test_equals_brute_force_to_the_last_prediction(clusters, k, temperature, memory):
     bank, labels, queries, truth = clusters
     expected, scores = brute_force(
         bank.double().numpy(), labels.tolist(), queries.double().numpy(), k, temperature, 5
     )
-    got = knn_predict(bank, labels, queries, k, temperature, chunk=chunk)
+    got = knn_predict(bank, labels, queries, k, temperature, memory_mb=memory)
     assert got.tolist() == expected.tolist()
     torch.testing.assert_close(
-        knn_scores(bank, labels, queries, k, temperature, chunk=chunk), torch.from_numpy(scores)
+        knn_scores(bank, labels, queries, k, temperature, memory_mb=memory),
+        torch.from_numpy(scores),
     )
     # The problem is neither trivial nor hopeless, so that equality says something.
     assert 0.3 < float((got == truth).double().mean()) < 0.99
@@ -66,14 +68,17 @@ def test_equals_scikit_learn(clusters):
     torch.testing.assert_close(found.similarities, torch.from_numpy(1 - distances))
 
 
-def test_a_large_problem_falls_back_to_float32_and_agrees(clusters, monkeypatch):
-    bank, _, queries, _ = clusters
-    exact = nearest_neighbours(bank, queries, 20)
-    monkeypatch.setattr("multikd.evaluation.knn._FLOAT64_PRODUCTS", 0)
-    single = nearest_neighbours(bank, queries, 20)
-    assert single.similarities.dtype == torch.float32
-    assert exact.similarities.dtype == torch.float64
-    torch.testing.assert_close(single.similarities.double(), exact.similarities, rtol=0, atol=1e-6)
+def test_one_search_serves_every_k_and_temperature(clusters):
+    bank, labels, queries, _ = clusters
+    ks, temperatures = (1, 5, 20, 200), (0.01, 0.07, 1.0)
+    found = knn_sweep(bank, labels, queries, ks, temperatures)
+    assert set(found) == {(k, t) for k in ks for t in temperatures}
+    for (k, temperature), answers in found.items():
+        alone = brute_force(
+            bank.double().numpy(), labels.tolist(), queries.double().numpy(), k, temperature, 5
+        )[0]
+        assert answers.tolist() == alone.tolist()
+    assert len({tuple(answers.tolist()) for answers in found.values()}) > 4
 
 
 def test_equally_near_rows_are_taken_by_index():
@@ -117,7 +122,8 @@ def test_half_precision_features_and_no_queries():
         ({"queries": torch.zeros(2, 5)}, "of one width"),
         ({"queries": torch.full((2, 4), float("nan"))}, "queries must be finite"),
         ({"bank": torch.full((10, 4), float("inf"))}, "bank must be finite"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"memory_mb": 0.5}, "memory_mb must be at least 1"),
+        ({"memory_mb": float("nan")}, "memory_mb must be at least 1"),
     ],
 )
 def test_bad_input_says_what_was_expected(change, words):

@@ -141,3 +141,17 @@ def test_bad_input_says_what_was_expected(change, words):
     } | change
     with pytest.raises(ValueError, match=words):
         logistic_regression(**arguments)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("standardise", [True, False])
+def test_weight_and_bias_give_the_probabilities(classes, standardise):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (120,), generator=generator) * 2 + 1
+    rows = 3 + torch.randn(120, 6, generator=generator, dtype=torch.float64)
+    rows[:, 5] = 7  # constant: weight 0
+    rows[:, 0] += labels
+    fit = logistic_regression(rows[:80], labels[:80], rows[80:], c=1.0, standardise=standardise)
+    got = (rows[80:] @ fit.weight.T + fit.bias).softmax(dim=1)
+    torch.testing.assert_close(got, fit.probabilities, atol=1e-9, rtol=0)
+    assert fit.classes[got.argmax(dim=1)].tolist() == fit.predictions.tolist()

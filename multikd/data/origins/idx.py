@@ -65,12 +65,16 @@ class IdxOrigin:
             raise ValueError(f"{self.images!r} holds no images: its shape is {pixels.shape}")
         return pixels
 
+    def picture(self, item: int) -> Image.Image:
+        """The image itself, with nothing encoded in between."""
+        return Image.fromarray(self._pixels[item])
+
     def __getstate__(self) -> dict[str, Any]:
         return {"images": self.images, "labels": self.labels, "classes": self.classes}
 
     def read(self, item: int, name: str) -> bytes:
         """The image as PNG."""
-        return encode_png(Image.fromarray(self._pixels[item]))
+        return encode_png(self.picture(item))
 
 
 def read_idx(path: str) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from multikd.data.decode import SampleFault
@@ -63,26 +64,7 @@ class TableOrigin:
         return os.path.join(os.path.dirname(self.table), os.path.expanduser(name))
 
     def _columns(self) -> dict[str, list[str]]:
-        if self.table.lower().endswith((".parquet", ".pq")):
-            return _parquet_columns(self.table)
-        delimiter = "\t" if self.table.lower().endswith(".tsv") else ","
-        try:
-            with open(self.table, encoding="utf-8-sig", newline="") as file:
-                reader = csv.reader(file, delimiter=delimiter, strict=True)
-                head = [name.strip() for name in next(reader, [])]
-                columns: dict[str, list[str]] = {name: [] for name in head}
-                for row in reader:
-                    if not row:
-                        continue
-                    if len(row) != len(head):
-                        raise ValueError(
-                            f"line {reader.line_num} has {len(row)} fields, expected {len(head)}"
-                        )
-                    for name, value in zip(head, row, strict=True):
-                        columns[name].append(value.strip())
-        except (OSError, UnicodeError, csv.Error, ValueError) as error:
-            raise ValueError(f"cannot read the table {self.table!r}: {error}") from error
-        return columns
+        return read_table(self.table, ("path", "label"))
 
     def read(self, item: int, name: str) -> bytes:
         """The file's bytes."""
@@ -91,7 +73,40 @@ class TableOrigin:
         return read_file(self._path(name))
 
 
-def _parquet_columns(table: str) -> dict[str, list[str]]:
+def read_table(table: str, wanted: Collection[str] | None = None) -> dict[str, list[str]]:
+    """The columns of a CSV, TSV or Parquet file, as text without surrounding blanks.
+
+    Args:
+        table: the file.
+        wanted: of a Parquet file, read these columns alone (the others come back empty).
+
+    Raises:
+        ValueError: it can't be read, or has rows of unequal length.
+        MissingExtraError: a Parquet file without pyarrow.
+    """
+    if table.lower().endswith((".parquet", ".pq")):
+        return _parquet_columns(table, wanted)
+    delimiter = "\t" if table.lower().endswith(".tsv") else ","
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            head = [name.strip() for name in next(reader, [])]
+            columns: dict[str, list[str]] = {name: [] for name in head}
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(head):
+                    raise ValueError(
+                        f"line {reader.line_num} has {len(row)} fields, expected {len(head)}"
+                    )
+                for name, value in zip(head, row, strict=True):
+                    columns[name].append(value.strip())
+    except (OSError, UnicodeError, csv.Error, ValueError) as error:
+        raise ValueError(f"cannot read the table {table!r}: {error}") from error
+    return columns
+
+
+def _parquet_columns(table: str, wanted: Collection[str] | None) -> dict[str, list[str]]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -99,8 +114,8 @@ def _parquet_columns(table: str) -> dict[str, list[str]]:
         raise MissingExtraError("pyarrow", "tables", "reading a Parquet file") from error
     try:
         with pq.ParquetFile(table) as file:
-            present = [name for name in ("path", "label") if name in file.schema_arrow.names]
             everything = list(file.schema_arrow.names)
+            present = [name for name in everything if wanted is None or name in wanted]
             data = file.read(columns=present)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot read the table {table!r}: {error}") from error

@@ -108,10 +108,19 @@ class TorchvisionOrigin:
         """The file's bytes, or the image as PNG."""
         if self._files is not None:
             return read_file(self._files[item][0])
+        return encode_png(self.picture(item))
+
+    @property
+    def pictures(self) -> bool:
+        """Whether items are no files, so that ``picture`` spares encoding and decoding them."""
+        return self._files is None
+
+    def picture(self, item: int) -> Image.Image:
+        """The image as torchvision gives it; raises SampleFault where that is none."""
         image = self._dataset[item][0]
         if not isinstance(image, Image.Image):
             raise SampleFault("no image", f"torchvision gave a {type(image).__name__}")
-        return encode_png(image)
+        return image
 
 
 def _is_file_sample(sample: object) -> bool:
