@@ -13,9 +13,10 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 BLOCK = 512  # a tar's unit
+_MOST_HEADER = 1 << 20  # bytes of a pax or long-name header: names and times, never data
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -75,10 +76,12 @@ def scan_tar(
     _refuse_other_formats(path, file.read(8), size)
     try:
         samples, faults, truncated = _walk(file, size)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
-        raise ValueError(
-            f"the shard {path} is not a tar archive ({error}): write it again"
-        ) from error
+    except OSError as error:
+        if not isinstance(error, tarfile.TarError) and error.errno is not None:
+            raise
+        raise _no_tar(path, error) from error
+    except Exception as error:  # hostile headers make tarfile raise nearly anything
+        raise _no_tar(path, error) from error
     if not samples:
         problem = truncated or "it is an archive without any key.extension member"
         raise ValueError(f"the shard {path} has no samples: {problem}")
@@ -86,6 +89,32 @@ def scan_tar(
     if repeated:
         faults["duplicate key"] += repeated
     return samples, dict(faults), truncated
+
+
+def _no_tar(path: Path, error: Exception) -> ValueError:
+    detail = " ".join(str(error).split())[:160] or type(error).__name__
+    return ValueError(f"the shard {path} is not a tar archive ({detail}): write it again")
+
+
+class _Headers(io.BufferedIOBase):
+    """A file of which headers are read: a header that promises gigabytes is refused.
+
+    ``tarfile`` reads a pax or long-name header in one go, of whatever size it says.
+    """
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MOST_HEADER:
+            raise ValueError(f"a header of {size} bytes, more than {_MOST_HEADER}")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _refuse_other_formats(path: Path, head: bytes, size: int) -> None:
@@ -108,7 +137,8 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
     truncated = ""
     cut_key: str | None = None
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+    headers = cast(IO[bytes], _Headers(file))
+    with tarfile.open(fileobj=headers, mode="r:", errors="replace") as tar:
         try:
             for info in _headers(tar):
                 if info.isdir():
@@ -129,7 +159,7 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
                 samples[-1][1].append(Member(extension, info.offset_data, info.size))
             file.seek(tar.offset)
             tail = file.read(BLOCK)
-        except tarfile.ReadError:
+        except (tarfile.ReadError, EOFError):
             tail = b""
         if cut_key is not None:
             truncated = "it ends in the middle of a member"
