@@ -18,6 +18,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from multikd.data.module import ShardDataModule
+from multikd.data.resuming import LoaderState
 from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder
@@ -27,6 +29,13 @@ from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.labels import Term
 from multikd.modules.ema import StudentAverage
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
+from multikd.modules.resuming import (
+    VALIDATED_KEY,
+    between_batches,
+    rescale_schedule,
+    settle_counters,
+    settle_lengths,
+)
 from multikd.modules.sharding import shard_modules
 from multikd.normalizers import EMAStandardizers, FeatureNormalizer, NormalizerFactory
 from multikd.optim import WarmupCosine, parameter_groups, scale_learning_rate
@@ -125,6 +134,9 @@ class DistillationModule(pl.LightningModule):
         seed = torch.initial_seed() & (2**63 - 1)
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self._run_seed = seed
+        self._validated_at = -1
+        self._resumed: LoaderState | None = None
+        self.skip_step = False  # set by a guard: the optimiser step under way changes nothing
         # Teachers are the same on every rank already: DDP neither broadcasts nor reduces them.
         self._ddp_params_and_buffers_to_ignore = [
             f"teachers.{name}"
@@ -214,8 +226,11 @@ class DistillationModule(pl.LightningModule):
             )
             norms[f"target/{name}"] = mean_norm(raw.summary, raw.patches)
         losses = torch.stack(rows)
+        # Places that only make the batches of all ranks equal (after a change of their number).
+        real = batch.positions >= 0
         if training:
             keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
+            keep = torch.where(real, keep, 0.0)
             lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
             total, _ = weigh(losses, keep, lambdas, self.dropper.normalize)
             total = total + regulariser
@@ -230,6 +245,8 @@ class DistillationModule(pl.LightningModule):
         for name, term in self.terms.items():
             values = term(output, batch)
             terms[name] = values.detach()
+            if training:
+                values = torch.where(real, values, 0.0)
             total = total + term.weight * values.mean()
         record = StepRecord(
             names=tuple(names),
@@ -271,8 +288,32 @@ class DistillationModule(pl.LightningModule):
         return torch.stack(losses).mean()
 
     def on_train_start(self) -> None:
-        """Read the seed from its device, once, after a checkpoint was restored."""
+        """After a checkpoint was restored: read the seed from its device, once; go on inside an
+        epoch."""
         self._run_seed = int(self.seed)
+        self.skip_step = False
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        if state.inside:
+            for loader in self.trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
+                if not getattr(loader, "fixed_epoch", False):
+                    loader.set_epoch(self.current_epoch)
+            settle_lengths(self.trainer)
+            settle_counters(self.trainer)
+        else:
+            # Of runs that are limited by steps, Lightning takes every start for one in an epoch.
+            self.trainer.fit_loop.epoch_loop.restarting = False
+        rescale_schedule(self.trainer, state, linear=self.lr_batch is not None)
+
+    def on_train_epoch_start(self) -> None:
+        """An epoch after one that went on in another layout has its own length again."""
+        settle_lengths(self.trainer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the validation due after this batch has run."""
+        if not self.trainer.sanity_checking:
+            self._validated_at = self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Tell the balancer that an epoch is over, and seed dropout and drop path.
@@ -352,8 +393,21 @@ class DistillationModule(pl.LightningModule):
             parts.append(self.average.student)
         shard_modules(parts, self.device_mesh)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
+        data = getattr(self._trainer, "datamodule", None)
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if not isinstance(data, ShardDataModule) or loops is None:
+            return
+        state = LoaderState.from_state_dict(checkpoint.get(type(data).__qualname__, {}))
+        self._resumed = state
+        if state is not None and state.inside:
+            between_batches(loops, data.batches_before(state), bool(checkpoint.get(VALIDATED_KEY)))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note who taught, under which licence: an export must say so. Their weights stay out."""
+        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        checkpoint[VALIDATED_KEY] = self._validated_at == done
         checkpoint["teachers"] = {
             name: {
                 "encoder": self.teacher(name).spec.name,
@@ -394,7 +448,7 @@ class DistillationModule(pl.LightningModule):
         }
 
     def _move_average(self, *_: Any) -> None:
-        if self.average is not None:
+        if self.average is not None and not self.skip_step:
             self.average.update(self.student)
 
     def _global_batch(self) -> int:
