@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from multikd.backbones import build_model, is_skeleton
+from safetensors import safe_open
+
+from multikd.backbones import build_model, check_model_args, is_skeleton
 from multikd.teachers.encoder import BackboneEncoder
+from multikd.untrusted import inside, read_json
+
+WEIGHTS = "model.safetensors"
 
 
 class ExportedEncoder(BackboneEncoder):
@@ -36,6 +41,7 @@ class ExportedEncoder(BackboneEncoder):
                 f"{directory!r} is no model folder (it has no config.json): give a folder that "
                 "`multikd export` or timm wrote"
             )
+        _check_folder(folder)
         model = build_model(
             f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
         )
@@ -48,3 +54,32 @@ class ExportedEncoder(BackboneEncoder):
             licence=licence,
             source=str(folder),
         )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that would have us build for hours, or read what lies elsewhere.
+
+    Raises:
+        ValueError: its config is damaged, or asks for more than its weights hold.
+    """
+    config = read_json(folder / "config.json", 1 << 24)
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError(f"{folder}/config.json describes no model: it names no architecture")
+    weights = inside(folder, WEIGHTS)
+    if not weights.is_file():
+        if is_skeleton():
+            return
+        raise ValueError(
+            f"{folder} has no {WEIGHTS}: save its weights as safetensors, which hold no code"
+        )
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = len(file.keys())
+    except Exception as error:  # safetensors has errors of its own
+        raise ValueError(
+            f"{weights} is damaged ({' '.join(str(error).split())[:120]}): copy it again"
+        ) from error
+    try:
+        check_model_args(config.get("model_args"), tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
