@@ -31,6 +31,7 @@ from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault
 from multikd.data.remote import RemoteCache, is_remote, public_name
 from multikd.data.sources import expand_urls
 from multikd.data.views import DrawKey, ViewPolicy
+from multikd.redaction import redact
 from multikd.types import Batch, Fault
 
 
@@ -47,8 +48,8 @@ def sequential_urls(spec: str | Sequence[str], allow_pipe: bool = False) -> list
             continue
         if not allow_pipe:
             raise ValueError(
-                f"{part!r} runs a shell command of whoever wrote this configuration: set "
-                "allow_pipe to true if you trust it"
+                f"{redact(part)!r} runs a shell command of whoever wrote this configuration: "
+                "set allow_pipe, by --data.allow_pipe=true on the command line, if you trust it"
             )
         urls.append(part)
     return urls
