@@ -5,7 +5,10 @@ from multikd.callbacks.feature_writer import FeatureWriter
 from multikd.callbacks.finite import FiniteLossGuard, NonFiniteLossError
 from multikd.callbacks.knn_probe import KNNProbe
 from multikd.callbacks.precompute import PrecomputeFeatures
+from multikd.callbacks.preemption import PreemptedError, SaveOnSignal
 from multikd.callbacks.quantization_aware import QuantizationAware
+from multikd.callbacks.spikes import LossSpikes
+from multikd.callbacks.stalled import StallWatch
 from multikd.callbacks.throughput import Throughput
 
 __all__ = [
@@ -13,8 +16,12 @@ __all__ = [
     "FeatureWriter",
     "FiniteLossGuard",
     "KNNProbe",
+    "LossSpikes",
     "NonFiniteLossError",
     "PrecomputeFeatures",
+    "PreemptedError",
     "QuantizationAware",
+    "SaveOnSignal",
+    "StallWatch",
     "Throughput",
 ]

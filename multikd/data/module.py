@@ -309,8 +309,9 @@ class ShardDataModule(LightningDataModule):
         trainer, loader = self.trainer, self._train_loader
         if trainer is None or loader is None:
             return {}
-        epochs = trainer.fit_loop.epoch_progress.current
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        done = batches.processed
         if epochs.processed >= epochs.started:
             done = 0  # between two epochs
         world = self._ranks()[1]
@@ -354,9 +355,9 @@ class ShardDataModule(LightningDataModule):
         if changed:
             logger.warning("the training data is not the checkpoint's: %s", "; ".join(changed))
         world = self._ranks()[1]
-        if not state.inside or self.batch_size * world == state.batch_size * state.world:
-            if not self.sequential or world == state.world:
-                return
+        same_batch = self.batch_size * world == state.batch_size * state.world
+        if not state.inside or (same_batch and not (self.sequential and world != state.world)):
+            return
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         if self.sequential or limit != 1.0:
             raise ValueError(
@@ -371,7 +372,7 @@ class ShardDataModule(LightningDataModule):
             )
 
     def batches_before(self, state: LoaderState) -> int:
-        """The number of the first batch to come of the epoch in ``state``, in this run's batches."""
+        """The number of the first batch to come of the epoch in ``state``, in batches of ours."""
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         return state.batches_before(self.batch_size, self._ranks()[1], accumulate)
 

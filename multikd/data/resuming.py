@@ -62,7 +62,8 @@ class LoaderState:
                 "the checkpoint's place in the data can't be read: give another checkpoint of the "
                 "run"
             )
-        return cls(*numbers, {str(k): str(v) for k, v in order.items()})  # type: ignore[arg-type]
+        settings = dict(zip(names[:-1], numbers, strict=True))
+        return cls(**settings, order={str(k): str(v) for k, v in order.items()})  # type: ignore[arg-type]
 
     def batches_before(self, batch_size: int, world: int, accumulate: int) -> int:
         """The number of batches to go on counting from, in batches of another layout.

@@ -37,6 +37,7 @@ from multikd.modules.resuming import (
     settle_lengths,
 )
 from multikd.modules.sharding import shard_modules
+from multikd.modules.undo import StepUndo
 from multikd.normalizers import EMAStandardizers, FeatureNormalizer, NormalizerFactory
 from multikd.optim import WarmupCosine, parameter_groups, scale_learning_rate
 from multikd.projectors import MLPProjectors, Projector, ProjectorFactory, TokenwiseProjector
@@ -136,7 +137,9 @@ class DistillationModule(pl.LightningModule):
         self._run_seed = seed
         self._validated_at = -1
         self._resumed: LoaderState | None = None
-        self.skip_step = False  # set by a guard: the optimiser step under way changes nothing
+        # Set by a guard that may skip an optimiser step: what to put back then, and that it does.
+        self.undo: StepUndo | None = None
+        self.skip_step = False
         # Teachers are the same on every rank already: DDP neither broadcasts nor reduces them.
         self._ddp_params_and_buffers_to_ignore = [
             f"teachers.{name}"
@@ -293,7 +296,8 @@ class DistillationModule(pl.LightningModule):
         self._run_seed = int(self.seed)
         self.skip_step = False
         state, self._resumed = self._resumed, None
-        if state is None:
+        data = getattr(self.trainer, "datamodule", None)
+        if state is None or not isinstance(data, ShardDataModule):
             return
         if state.inside:
             for loader in self.trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
@@ -305,6 +309,9 @@ class DistillationModule(pl.LightningModule):
             # Of runs that are limited by steps, Lightning takes every start for one in an epoch.
             self.trainer.fit_loop.epoch_loop.restarting = False
         rescale_schedule(self.trainer, state, linear=self.lr_batch is not None)
+        batches = self.trainer.world_size * data.batch_size / (state.world * state.batch_size)
+        for name in self.teacher_names:
+            self.normalizer(name).rescale_updates(1.0 / batches)
 
     def on_train_epoch_start(self) -> None:
         """An epoch after one that went on in another layout has its own length again."""
@@ -323,6 +330,8 @@ class DistillationModule(pl.LightningModule):
         """
         if batch_idx == 0:
             self.balancer.end_epoch()
+        if self.undo is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.undo.remember(self)
         stream = _RANDOM_STREAM + self.global_rank
         draw = hash_unit(self._run_seed, self.current_epoch, batch_idx, stream)
         torch.manual_seed(int(draw * 2**24))

@@ -57,15 +57,16 @@ def settle_lengths(trainer: pl.Trainer) -> None:
     combined, fetcher = loop._combined_loader, loop._data_fetcher
     if combined is None or fetcher is None or not math.isfinite(float(loop.max_batches)):
         return
-    lengths = [len(loader) for loader in combined.flattened]
-    if trainer.limit_train_batches != 1.0 or max(lengths) == loop.max_batches:
+    longest = max(len(loader) for loader in combined.flattened)
+    if trainer.limit_train_batches != 1.0 or longest == loop.max_batches:
         return
-    combined.limits = lengths
+    limits: list[int | float] = [longest for _ in combined.flattened]
+    combined.limits = limits
     if combined._iterator is not None:
-        combined._iterator.limits = lengths
-    loop.max_batches = fetcher.length = max(lengths)
+        combined._iterator.limits = limits
+    loop.max_batches = fetcher.length = longest
     if isinstance(trainer.val_check_interval, float):
-        trainer.val_check_batch = max(1, int(max(lengths) * trainer.val_check_interval))
+        trainer.val_check_batch = max(1, int(longest * trainer.val_check_interval))
 
 
 def settle_counters(trainer: pl.Trainer) -> None:

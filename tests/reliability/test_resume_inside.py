@@ -1,4 +1,4 @@
-"""Interrupted at any optimiser step and continued: the run is the uninterrupted one, bit for bit."""
+"""Interrupted at any optimiser step and continued: the run is the uninterrupted one, bitwise."""
 
 from __future__ import annotations
 
