@@ -451,7 +451,7 @@ def test_unreadable_and_enormous_images_are_skipped_and_counted(
     assert "sample-003" in said
     assert "sample-010" in said
     assert "60000" in said.replace(",", "").replace(" ", "")
-    (log,) = tmp_path.rglob("faults.0.jsonl")
+    (log,) = tmp_path.rglob("faults.jsonl")
     faults = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert {f["key"] for f in faults} == {"sample-003", "sample-010"}
     assert len({f["cause"] for f in faults}) == 2

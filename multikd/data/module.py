@@ -274,6 +274,7 @@ class ShardDataModule(LightningDataModule):
                 self.seed,
                 self._cached(),
             )
+            shards.grey_for_lost = self._ranks()[1] > 1
             sampler = self._train_sampler(*self._ranks())
             self._train_loader = self._loader(shards, sampler, train=True)
         if self.resumed is not None:
@@ -439,6 +440,7 @@ class ShardDataModule(LightningDataModule):
         order = EpochOrder(opened.lengths, seed=self.seed, shuffle=False)
         dataset = ShardDataset(self._read_ready(opened), order, [self.eval_views], self.seed)
         rank, world = self._ranks()
+        dataset.grey_for_lost = world > 1
         sampler = GlobalBatchSampler(
             order.length, self.eval_batch_size, rank, world, drop_last=False
         )
