@@ -15,16 +15,20 @@ def read_bytes(path: Path, most: int) -> bytes:
 
     Raises:
         FileNotFoundError: it is not there.
-        OSError: it cannot be read.
-        ValueError: it is no regular file, or larger than ``most`` bytes.
+        ValueError: it is no regular file, cannot be read, or is larger than ``most`` bytes.
     """
-    size = path.stat().st_size
-    if not path.is_file():
-        raise ValueError(f"{path} is no regular file")
-    if size > most:
-        raise ValueError(f"{path} has {size} bytes, more than the {most} that such a file may have")
-    with path.open("rb") as file:
-        return file.read(most)
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise ValueError(f"{path} is no regular file")
+        if size > most:
+            raise ValueError(f"{path} has {size} bytes, more than the {most} it may have")
+        with path.open("rb") as file:
+            return file.read(most)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # links in a circle, a name that is too long
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def parse_json(data: bytes | str, what: object) -> Any:
@@ -45,8 +49,7 @@ def read_json(path: Path, most: int = MOST_TEXT) -> Any:
 
     Raises:
         FileNotFoundError: it is not there.
-        OSError: it cannot be read.
-        ValueError: it is too large, or no JSON; the sentence names the file.
+        ValueError: it cannot be read, is too large, or no JSON; the sentence names the file.
     """
     return parse_json(read_bytes(path, most), path)
 

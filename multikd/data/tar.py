@@ -13,10 +13,11 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple, Self, cast
 
 BLOCK = 512  # a tar's unit
 _MOST_HEADER = 1 << 20  # bytes of a pax or long-name header: names and times, never data
+_MOST_MEMBER = 1 << 30  # bytes of a member that is read whole
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -170,6 +171,36 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
     if truncated and samples and (cut_key == samples[-1][0] or _lacks_members(samples)):
         samples.pop()
     return samples, faults, truncated
+
+
+class _StreamedInfo(tarfile.TarInfo):
+    """A header of a stream, where ``_Headers`` cannot stand between."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """As tarfile's, refusing headers and members that promise too much."""
+        info = super().frombuf(buf, encoding, errors)
+        most = _MOST_MEMBER if info.isreg() else _MOST_HEADER
+        if not 0 <= info.size <= most:
+            raise ValueError(f"it promises {info.size} bytes, more than {most}")
+        return info
+
+
+def stream_members(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each member of a tar that is read front to back, compressed or not.
+
+    Links, special files and unsafe names are passed over, as in an indexed shard.
+
+    Raises:
+        Exception: of nearly any kind, where it is no such stream.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StreamedInfo, errors="replace") as tar:
+        for info in _headers(tar):
+            if info.isdir() or _refusal(info) or info.size > _MOST_MEMBER:
+                continue
+            file = tar.extractfile(info)
+            if file is not None:
+                yield info.name, file.read()
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
