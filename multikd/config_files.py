@@ -22,6 +22,7 @@ from multikd.untrusted import read_bytes
 
 _MOST_NESTED = 8
 _MOST_BYTES = 1 << 20  # of a config file; a data set of many shards is a folder or a brace range
+_MOST_BRACKETS = 100
 _MOST_CHARACTERS = 1 << 24  # of a config once its aliases are written out
 
 
@@ -65,6 +66,7 @@ def parse_yaml(text: str, what: object) -> Any:
             characters (nine lines are enough for gigabytes) or lead back to themselves.
     """
     try:
+        _refuse_deep(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -87,6 +89,15 @@ def parse_yaml(text: str, what: object) -> Any:
         # What PyYAML's constructors raise for a value that is not what its tag says.
         problem = " ".join(str(error).split())[:160]
         raise ValueError(f"{what} is no valid YAML: {problem}") from error
+
+
+def _refuse_deep(text: str) -> None:
+    """PyYAML takes time with the square of how deep brackets nest."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > _MOST_BRACKETS:
+            raise RecursionError
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:

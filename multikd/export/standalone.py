@@ -82,8 +82,8 @@ def load(folder: str | Path | None = None) -> Student:
 
 
 def _read_json(path: Path) -> Any:
-    if path.stat().st_size > 1 << 24:
-        raise ValueError(f"{path.name} is larger than 16 MB")
+    if not path.is_file() or path.stat().st_size > 1 << 24:
+        raise ValueError(f"{path.name} is no regular file of at most 16 MB")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:

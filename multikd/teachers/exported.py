@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import timm
+import torch
 from safetensors import safe_open
 
 from multikd.backbones import build_model, check_model_args, is_skeleton
@@ -42,9 +44,17 @@ class ExportedEncoder(BackboneEncoder):
                 "`multikd export` or timm wrote"
             )
         _check_folder(folder)
-        model = build_model(
-            f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
-        )
+        try:
+            model = build_model(
+                f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # timm has errors of its own for what it can't read
+            raise ValueError(
+                f"{folder} can't be built ({' '.join(str(error).split())[:160]}): its config.json "
+                "is damaged; copy it again"
+            ) from error
         super().__init__(
             model,
             name=f"exported:{directory}",
@@ -83,3 +93,17 @@ def _check_folder(folder: Path) -> None:
         check_model_args(config.get("model_args"), tensors)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        needs = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{folder} can't be built ({' '.join(str(error).split())[:160]}): its config.json is "
+            "damaged; copy it again"
+        ) from error
+    if needs > 2 * weights.stat().st_size + (1 << 24):  # buffers may be computed, within reason
+        raise ValueError(
+            f"{folder}/config.json describes a model of {needs} numbers, and its weights have "
+            f"{weights.stat().st_size} bytes: copy it again"
+        )
