@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| workers | start at 10 % | start at 90 % | ratio |")
     print("|---|---|---|---|")
     for row in results:
-        early, late = row["seconds"].values()  # type: ignore[attr-defined]
+        early, late = row["seconds"].values()
         print(f"| {row['workers']} | {early:.3f} s | {late:.3f} s | {row['ratio']} |")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -387,6 +387,36 @@ def soak(root: Path, variant: Variant, kills: int, per_run: int, seed: int) -> d
     }
 
 
+def side_by_side(
+    root: Path, jobs: list[tuple[Variant, int]], per_run: int, seed: int
+) -> list[dict[str, Any]]:
+    """``soak`` of each (variant, kills), each in a process of its own."""
+    drivers = []
+    for variant, kills in jobs:
+        path = root / f"result-{variant.world}-{variant.workers}.json"
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                path.write_text(json.dumps(soak(root, variant, kills, per_run, seed)))
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        drivers.append((pid, path))
+    results = []
+    for pid, path in drivers:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code:
+            raise RuntimeError(f"a run could not be made (exit code {code}); see above")
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+        print(results[-1], file=sys.stderr)
+    return results
+
+
 def warm_up(root: Path) -> None:
     """Import what the children need, so that they are forked with it."""
     import torch
@@ -432,14 +462,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="multikd-soak-")))
         warm_up(root)
-        results = []
+        results: list[dict[str, Any]] = []
         for world, kills in ((1, arguments.kills), (2, arguments.kills_ranks)):
-            for workers in (0, 2):
-                share = kills - kills // 2 if workers == 0 else kills // 2
-                if share:
-                    variant = Variant(world, workers)
-                    results.append(soak(root, variant, share, arguments.per_run, arguments.seed))
-                    print(f"{results[-1]}", file=sys.stderr)
+            shares = {0: kills - kills // 2, 2: kills // 2}
+            jobs = [(Variant(world, workers), share) for workers, share in shares.items() if share]
+            # Single processes leave a core free: their two variants run side by side.
+            for batch in [jobs] if world == 1 else [[job] for job in jobs]:
+                results += side_by_side(root, batch, arguments.per_run, arguments.seed)
     print("| layout | runs | kills | rows compared | of them taken again | differences | seconds |")
     print("|---|---|---|---|---|---|---|")
     for row in results:
