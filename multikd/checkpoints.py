@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from multikd import __version__
-from multikd.backbones import check_model_args, check_shapes, skeleton
+from multikd.backbones import build_model, check_model_args, skeleton
 from multikd.config_files import parse_yaml
 from multikd.students import StudentEncoder
 
@@ -166,8 +166,7 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
     own = {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
     try:
         # Without memory first: a stranger's config may ask for more than there is.
-        with torch.device("meta"), skeleton():
-            check_shapes(build_student(settings["student"], most_blocks=len(own)), own)
+        _check_size(settings["student"], own)
         student = build_student(settings["student"])
         student.load_state_dict(own)
     except Exception as error:
@@ -210,15 +209,29 @@ def epochs_trained(checkpoint: dict[str, Any]) -> int:
         return int(checkpoint.get("epoch", 0)) + 1
 
 
-def build_student(settings: dict[str, Any], most_blocks: int | None = None) -> StudentEncoder:
-    """A student from its typed config, without loading pretrained weights (they are replaced).
+def _check_size(settings: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Refuse a student that its weights would not nearly fill, before memory is taken for it.
 
-    Args:
-        settings: ``class_path`` and ``init_args``.
-        most_blocks: refuse a model of more blocks than this; None: however many.
+    Raises:
+        ValueError: it has more blocks than there are tensors, or far more numbers.
     """
-    if most_blocks is not None:
-        check_model_args(settings.get("init_args", {}).get("model_args"), most_blocks)
+    given = settings.get("init_args", {})
+    arguments = given.get("model_args")
+    check_model_args(arguments, len(weights))
+    check_model_args({"image_size": given.get("image_size")}, len(weights))
+    if not isinstance(given.get("name"), str):
+        return  # a class of a user's own
+    sizes = {key: given.get(key) for key in ("image_size", "patch_size")}
+    with torch.device("meta"), skeleton():
+        model = build_model(given["name"], model_args=arguments, **sizes)
+    needs = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    has = sum(t.numel() for t in weights.values())
+    if needs > 4 * has + (1 << 24):  # a classifier may be gone, buffers are computed
+        raise ValueError(f"it describes {needs} numbers and has weights for {has}")
+
+
+def build_student(settings: dict[str, Any]) -> StudentEncoder:
+    """A student from its typed config, without loading pretrained weights (they are replaced)."""
     init_args = {**settings.get("init_args", {}), "pretrained": False, "checkpoint": None}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(StudentEncoder, "student")

@@ -7,7 +7,7 @@ stranger's model may ask for).
 
 from multikd.backbones.build import build_model, is_skeleton, known_names, skeleton
 from multikd.backbones.features import RungPlan, final_features, plan_rungs, rung_features
-from multikd.backbones.limits import check_model_args, check_shapes
+from multikd.backbones.limits import check_model_args
 from multikd.backbones.measure import (
     dry_run,
     meta_copy,
@@ -23,7 +23,6 @@ __all__ = [
     "RungPlan",
     "build_model",
     "check_model_args",
-    "check_shapes",
     "dry_run",
     "final_features",
     "is_skeleton",

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
 _MOST = 1 << 16  # of any one number: widths, image sizes, classes
 _MOST_ARGUMENTS = 256
 _COUNTS = ("depth", "layer", "block")
-_MOST_BUFFERS = 1 << 30  # bytes of tensors that are computed, not loaded
 
 
 def check_model_args(arguments: Any, most_blocks: int) -> None:
@@ -49,30 +46,3 @@ def _numbers(value: Any, name: str, deep: int = 0) -> list[float]:
     if deep > 4 or not isinstance(value, Mapping | list | tuple) or len(value) > _MOST_ARGUMENTS:
         raise ValueError(f"model_args has no usable {name}")
     return [number for item in inner for number in _numbers(item, name, deep + 1)]
-
-
-def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor] | Mapping[str, Any]) -> None:
-    """Compare a model on the meta device with the weights that are to fill it.
-
-    Args:
-        model: built under ``torch.device("meta")``.
-        tensors: name → tensor, or anything with a ``shape``.
-
-    Raises:
-        ValueError: a tensor that is missing, left over or of another shape; buffers too large.
-    """
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in tensors:
-            raise ValueError(f"the weights lack {name!r} {tuple(tensor.shape)}")
-        if tuple(tensors[name].shape) != tuple(tensor.shape):
-            raise ValueError(
-                f"{name!r} is {tuple(tensors[name].shape)} in the weights and "
-                f"{tuple(tensor.shape)} in the model"
-            )
-    extra = next((name for name in tensors if name not in own), None)
-    if extra is not None:
-        raise ValueError(f"the weights have {extra!r}, which the model has not")
-    computed = sum(b.numel() * b.element_size() for b in model.buffers())
-    if computed > _MOST_BUFFERS:
-        raise ValueError(f"the model would compute {computed} bytes of buffers")

@@ -370,6 +370,6 @@ def _refuse_full_disk(folder: Path, sizes: Mapping[Path, int]) -> None:
 
 def _refused(folder: Path, what: str, had: object, expected: object) -> ValueError:
     return ValueError(
-        f"the feature cache {folder} was made for something else: {what} is {str(had)[:200]} there and "
-        f"{str(expected)[:200]} here; remove the folder or name another one"
+        f"the feature cache {folder} was made for something else: {what} is {str(had)[:200]} there "
+        f"and {str(expected)[:200]} here; remove the folder or name another one"
     )
