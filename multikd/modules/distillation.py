@@ -30,8 +30,11 @@ from multikd.losses.labels import Term
 from multikd.modules.ema import StudentAverage
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
+    GRADIENTS_KEY,
     VALIDATED_KEY,
     between_batches,
+    gradients_of,
+    put_gradients,
     rescale_schedule,
     settle_counters,
     settle_lengths,
@@ -137,6 +140,7 @@ class DistillationModule(pl.LightningModule):
         self._run_seed = seed
         self._validated_at = -1
         self._resumed: LoaderState | None = None
+        self._gradients: dict[str, Tensor] = {}
         # Set by a guard that may skip an optimiser step: what to put back then, and that it does.
         self.undo: StepUndo | None = None
         self.skip_step = False
@@ -308,6 +312,8 @@ class DistillationModule(pl.LightningModule):
         else:
             # Of runs that are limited by steps, Lightning takes every start for one in an epoch.
             self.trainer.fit_loop.epoch_loop.restarting = False
+        put_gradients(self, self._gradients)
+        self._gradients = {}
         rescale_schedule(self.trainer, state, linear=self.lr_batch is not None)
         batches = self.trainer.world_size * data.batch_size / (state.world * state.batch_size)
         for name in self.teacher_names:
@@ -411,12 +417,15 @@ class DistillationModule(pl.LightningModule):
         state = LoaderState.from_state_dict(checkpoint.get(type(data).__qualname__, {}))
         self._resumed = state
         if state is not None and state.inside:
+            self._gradients = checkpoint.get(GRADIENTS_KEY, {})
             between_batches(loops, data.batches_before(state), bool(checkpoint.get(VALIDATED_KEY)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note who taught, under which licence: an export must say so. Their weights stay out."""
         done = self.trainer.fit_loop.epoch_loop.total_batch_idx
         checkpoint[VALIDATED_KEY] = self._validated_at == done
+        if done >= 0 and self.device_mesh is None and self.trainer.fit_loop._should_accumulate():
+            checkpoint[GRADIENTS_KEY] = gradients_of(self)
         checkpoint["teachers"] = {
             name: {
                 "encoder": self.teacher(name).spec.name,

@@ -12,12 +12,15 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from multikd.data.resuming import LoaderState
+from multikd.distributed import all_reduce_mean
 
 VALIDATED_KEY = "validated"
+GRADIENTS_KEY = "gradients"
 
 
 def between_batches(fit_loop: dict[str, Any], batches: int, validated: bool) -> None:
@@ -46,6 +49,26 @@ def between_batches(fit_loop: dict[str, Any], batches: int, validated: bool) -> 
     behind = 0 if validated else 1
     pending["total"].update(ready=1, started=1, processed=1 - behind, completed=1 - behind)
     pending["current"].update(ready=0, started=0, processed=0, completed=0)
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients that are being accumulated, by parameter: their mean over ranks.
+
+    Every rank must call it. Ranks have not exchanged them yet; that each goes on from their mean
+    leads to the same step, rounding apart.
+    """
+    return {
+        name: all_reduce_mean(parameter.grad)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
+
+
+def put_gradients(module: nn.Module, gradients: dict[str, Tensor]) -> None:
+    """Go on accumulating from ``gradients_of`` an interrupted run."""
+    for name, parameter in module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
 
 
 def settle_lengths(trainer: pl.Trainer) -> None:

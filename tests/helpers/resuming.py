@@ -114,7 +114,7 @@ def module(name: str, **more: Any) -> DistillationModule:
         {"drop_path": 0.3, "num_classes": classes},
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3),
         schedule=WarmupCosine(warmup_epochs=1.5),
-        **{**settings, **more},
+        **{"teachers": small.teachers(2), **settings, **more},
     )
 
 

@@ -173,7 +173,6 @@ def goes_on_as_uninterrupted(place: Place, run: Path, *how: str) -> None:
 @pytest.mark.parametrize(
     ("number", "step", "times", "where"),
     [
-        (signal.SIGTERM, 0, 1, "batch"),
         (signal.SIGUSR1, 4, 2, "batch"),
         (signal.SIGTERM, 2, 1, "validation"),
         (signal.SIGTERM, 3, 1, "saving"),
