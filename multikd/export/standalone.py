@@ -104,6 +104,8 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if path.is_symlink() and folder.resolve() not in path.resolve().parents:
         raise ValueError(f"{path} is a link that leads out of its folder")
+    if not path.is_file():
+        raise FileNotFoundError(2, "No such file", str(path))
     return path
 
 

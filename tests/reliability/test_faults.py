@@ -167,13 +167,13 @@ def test_bytes_damaged_anywhere_cost_samples_never_the_run(tmp_path: Path) -> No
     whole = Path(url).read_bytes()
     index = read_index(url)
     for _ in range(12):
-        data = bytearray(whole)
-        for _ in range(rng.choice((1, 4, 12))):
-            place = rng.randrange(len(data))
-            data[place : place + 40] = rng.randbytes(40)
-        Path(url).write_bytes(data[: len(whole)])
         module = data_of(tmp_path, batch=8)
         module.setup("fit")
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 4, 12))):
+            place = rng.randrange(len(data) - 40)
+            data[place : place + 40] = rng.randbytes(40)
+        Path(url).write_bytes(data)
         batches = list(module.train_dataloader())
         module.teardown()
         assert sum(len(batch) for batch in batches) == len(index)

@@ -142,6 +142,7 @@ class Place:
         return {
             "trainer": {
                 "max_epochs": 1,
+                "log_every_n_steps": 1,
                 "accelerator": "cpu",
                 "devices": 1,
                 "enable_progress_bar": False,
