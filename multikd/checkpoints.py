@@ -9,15 +9,25 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from multikd import __version__
+from multikd.backbones import build_model, check_model_args, skeleton
+from multikd.config_files import parse_yaml
 from multikd.students import StudentEncoder
 
 CHECKPOINT_KEY = "multikd"
 WeightChoice = Literal["auto", "ema", "raw"]
+# What Lightning and we put into a checkpoint, where it is there.
+_KINDS: dict[str, type] = {
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "teachers": dict,
+    "epoch": int,
+    "global_step": int,
+}
 
 
 @dataclass
@@ -61,20 +71,44 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: give the .ckpt file of a run")
     try:
+        _check_container(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or not a checkpoint of plain tensors and settings, so it is not "
             "read: give the .ckpt file of a run"
         ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
+    except Exception as error:  # hostile bytes make zipfile and torch raise nearly anything
         raise ValueError(
             f"{path} is truncated or is no checkpoint ({type(error).__name__}): "
             "give another one of the run"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    for key, kind in _KINDS.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise ValueError(
+                f"{path} is damaged, or no checkpoint of a run: its {key!r} is a "
+                f"{type(checkpoint[key]).__name__}, not a {kind.__name__}"
+            )
     return checkpoint
+
+
+def _check_container(path: Path) -> None:
+    """Refuse what is no plain zip of tensors: torch would unpack a compressed one into memory.
+
+    Raises:
+        UnpicklingError: no zip (torch's format since 1.6).
+        ValueError, zipfile.BadZipFile: one whose parts are larger than the file.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise UnpicklingError("no zip file")
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if packed or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError("its parts are compressed, or larger than the file")
 
 
 def read_config(checkpoint: dict[str, Any], path: Path | str) -> dict[str, Any]:
@@ -89,9 +123,17 @@ def read_config(checkpoint: dict[str, Any], path: Path | str) -> dict[str, Any]:
             f"{path} is no checkpoint of multikd (it has no '{CHECKPOINT_KEY}' entry with the "
             "run's config): give one that `multikd fit` wrote"
         )
-    config = yaml.safe_load(entry["config"])
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    config = parse_yaml(entry["config"], f"the config inside {path}")
+    sections = ("trainer", "model", "data")
+    if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"the config inside {path} can't be read: give another checkpoint")
+    for name in sections:
+        section = config.get(name, {})
+        if not isinstance(section, dict) or not isinstance(section.get("init_args", {}), dict):
+            raise ValueError(
+                f"the config inside {path} can't be read (its {name} is no mapping): give another "
+                "checkpoint"
+            )
     return config
 
 
@@ -109,7 +151,9 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
     checkpoint = read_checkpoint(path)
     config = read_config(checkpoint, path)
     settings = config["model"].get("init_args", {})
-    state: dict[str, Tensor] = checkpoint.get("state_dict") or {}
+    state: dict[str, Tensor] = checkpoint.get("state_dict", {})
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"{path} is damaged: its state_dict holds other things than tensors")
     has_average = any(key.startswith("average.student.") for key in state)
     if weights == "ema" and not has_average:
         raise ValueError(
@@ -121,6 +165,8 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
     version = str(checkpoint[CHECKPOINT_KEY].get("version", "unknown"))
     own = {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
     try:
+        # Without memory first: a stranger's config may ask for more than there is.
+        _check_size(settings["student"], own)
         student = build_student(settings["student"])
         student.load_state_dict(own)
     except Exception as error:
@@ -159,8 +205,29 @@ def epochs_trained(checkpoint: dict[str, Any]) -> int:
         epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
         validating = epochs["started"] > epochs["processed"] and batches["is_last_batch"]
         return int(epochs["processed"]) + int(validating)
-    except KeyError:  # weights only, or another version's
+    except (KeyError, TypeError, ValueError):  # weights only, or another version's
         return int(checkpoint.get("epoch", 0)) + 1
+
+
+def _check_size(settings: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Refuse a student that its weights would not nearly fill, before memory is taken for it.
+
+    Raises:
+        ValueError: it has more blocks than there are tensors, or far more numbers.
+    """
+    given = settings.get("init_args", {})
+    arguments = given.get("model_args")
+    check_model_args(arguments, len(weights))
+    check_model_args({"image_size": given.get("image_size")}, len(weights))
+    if not isinstance(given.get("name"), str):
+        return  # a class of a user's own
+    sizes = {key: given.get(key) for key in ("image_size", "patch_size")}
+    with torch.device("meta"), skeleton():
+        model = build_model(given["name"], model_args=arguments, **sizes)
+    needs = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    has = sum(t.numel() for t in weights.values())
+    if needs > 4 * has + (1 << 24):  # a classifier may be gone, buffers are computed
+        raise ValueError(f"it describes {needs} numbers and has weights for {has}")
 
 
 def build_student(settings: dict[str, Any]) -> StudentEncoder:

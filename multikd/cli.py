@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from multikd import __version__
 from multikd.console import messages_on_stderr, take_over_lightning
 from multikd.errors import unknown_name
+from multikd.redaction import redact
 
 LIGHTNING = {
     "fit": "train a student from a config (see `multikd fit --help`, `multikd configs`)",
@@ -658,8 +659,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     A user's mistake ends in one sentence on stderr and 2, a training run that broke down (a loss
-    that is not finite) in one sentence and 1, an interruption in one line and 130. ``--debug``
-    shows the traceback.
+    that is not finite) in one sentence and 1, an interruption in one line and 130, a run that was
+    preempted or lost a rank, and should be started again, in one line and 75. ``--debug`` shows
+    the traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
@@ -680,7 +682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or (isinstance(error, RuntimeError) and not ours):
             raise
         _say(str(error))
-        return 1 if isinstance(error, RuntimeError) else 2
+        return int(getattr(error, "exit_code", 1 if isinstance(error, RuntimeError) else 2))
 
 
 def _run(args: list[str]) -> int:
@@ -699,7 +701,7 @@ def _run(args: list[str]) -> int:
 
 def _say(sentence: str) -> None:
     """One line on stderr, below whatever a progress bar left there."""
-    sys.stderr.write(f"multikd: {' '.join(sentence.split())}\n")
+    sys.stderr.write(f"multikd: {redact(' '.join(sentence.split()))}\n")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from multikd.shipped import find_config, find_fragment
+from multikd.untrusted import read_bytes
 
 _MOST_NESTED = 8
+_MOST_BYTES = 1 << 20  # of a config file; a data set of many shards is a folder or a brace range
+_MOST_BRACKETS = 100
+_MOST_CHARACTERS = 1 << 24  # of a config once its aliases are written out
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,19 +48,81 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        ValueError: not readable as text, or not YAML (line and column are named).
+        ValueError: not readable as text, larger than a megabyte, or not YAML (line and column are
+            named).
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = read_bytes(path, _MOST_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text file: give a YAML config") from error
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, what: object) -> Any:
+    """The values of YAML text; ``what`` it is of, for the message. Only plain values are made.
+
+    Raises:
+        ValueError: it is not YAML, nests too deeply, or its aliases write out to millions of
+            characters (nine lines are enough for gigabytes) or lead back to themselves.
+    """
+    try:
+        _refuse_deep(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _written_out(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         if mark and "'\\t'" in problem:
             problem = "a tab stands where only spaces may"
-        raise ValueError(f"{path} is no valid YAML: {problem}{where}") from error
+        raise ValueError(f"{what} is no valid YAML: {problem}{where}") from error
+    except RecursionError as error:
+        raise ValueError(f"{what} is no valid YAML: it nests too deeply") from error
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # What PyYAML's constructors raise for a value that is not what its tag says.
+        problem = " ".join(str(error).split())[:160]
+        raise ValueError(f"{what} is no valid YAML: {problem}") from error
+
+
+def _refuse_deep(text: str) -> None:
+    """PyYAML takes time with the square of how deep brackets nest."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > _MOST_BRACKETS:
+            raise RecursionError
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Characters of a node with every alias in it written out.
+
+    Raises:
+        ValueError: too many, or an alias within what it stands for.
+    """
+    size = known.get(id(node))
+    if size == 0:
+        raise ValueError("an alias stands for something that holds the alias itself")
+    if size is not None:
+        return size
+    known[id(node)] = 0
+    total = 1
+    if isinstance(node, yaml.ScalarNode):
+        total += len(node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        total += sum(_written_out(item, known) for item in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        total += sum(_written_out(k, known) + _written_out(v, known) for k, v in node.value)
+    if total > _MOST_CHARACTERS:
+        raise ValueError(f"its aliases write out to more than {_MOST_CHARACTERS} characters")
+    known[id(node)] = total
+    return total
 
 
 def inline_fragments(value: Any, folder: Path, key: str = "", depth: int = 0) -> Any:
@@ -134,6 +200,39 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
         if separate:
             pending.pop(0)
     return resolved
+
+
+def refuse_shell(config: Any, args: Sequence[str]) -> None:
+    """Refuse ``allow_pipe`` unless the command line itself sets it: a file must not start a shell.
+
+    Args:
+        config: the parsed config, in mappings and lists.
+        args: what the user typed (or had typed).
+
+    Raises:
+        ValueError: a config, a fragment or a checkpoint allows ``pipe:`` commands.
+    """
+    for place, argument in enumerate(args):
+        option, equals, value = argument.partition("=")
+        if option in ("--data.allow_pipe", "--data.init_args.allow_pipe"):
+            value = value if equals else " ".join(args[place + 1 : place + 2])
+            if value.lower() in ("true", "1", "yes", "on"):
+                return
+    if _allows_pipe(config):
+        raise ValueError(
+            "the config sets allow_pipe, with which it would run shell commands of whoever wrote "
+            "it: read its pipe: sources, and if you trust them add --data.allow_pipe=true to the "
+            "command"
+        )
+
+
+def _allows_pipe(config: Any) -> bool:
+    if isinstance(config, Mapping):
+        return any(
+            (str(key) == "allow_pipe" and bool(value)) or _allows_pipe(value)
+            for key, value in config.items()
+        )
+    return isinstance(config, list | tuple) and any(_allows_pipe(item) for item in config)
 
 
 def _fragment(option: str, value: str) -> Any:

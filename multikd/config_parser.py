@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +38,8 @@ class Unbuildable(BaseException):
 def construct(class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a constructor for jsonargparse; what it raises is raised as it is."""
     try:
+        for setting, value in kwargs.items():
+            _refuse_standard(setting, value)
         return class_type(*args, **kwargs)
     except Exception as error:
         name = getattr(class_type, "__name__", str(class_type))
@@ -43,6 +48,35 @@ def construct(class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             raise Unbuildable(error) from error
         sentence = ConfigError(f"{name}: {' '.join(str(error).split())}")
         raise Unbuildable(sentence) from error
+
+
+def _short(sentence: str, most: int = 1000) -> str:
+    """A sentence without the middle of what would fill pages (a value from a hostile config)."""
+    if len(sentence) <= most:
+        return sentence
+    return f"{sentence[: most * 2 // 3]} … {sentence[-most // 3 :]}"
+
+
+def _refuse_standard(setting: str, value: Any) -> None:
+    """Refuse a function of Python's own library as a setting: ``os.abort`` is nobody's hook.
+
+    Settings that take any callable are where a config from elsewhere could name one. Functions of
+    users and of torch or Lightning are what such settings are for.
+
+    Raises:
+        ValueError: names the setting and the function.
+    """
+    while isinstance(value, functools.partial):
+        value = value.func
+    if not isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+        return
+    root = str(getattr(value, "__module__", "")).partition(".")[0]
+    plain = isinstance(value, type) and root == "builtins"
+    if root in sys.stdlib_module_names and not plain:
+        raise ValueError(
+            f"{setting} names {value.__module__}.{value.__qualname__} of Python's standard "
+            "library, which no config may have called: give a function or class of your own"
+        )
 
 
 class ConfigParser(LightningArgumentParser):
@@ -96,7 +130,7 @@ class ConfigParser(LightningArgumentParser):
             "did you mean" not in sentence
         ):
             sentence += f" (`multikd {command} --help` lists every setting)"
-        raise ConfigError(sentence) from None
+        raise ConfigError(_short(sentence)) from None
 
 
 def _as_yaml(argument: str) -> str:

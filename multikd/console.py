@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from multikd.redaction import redact
+
 # Lightning's messages that tell a user of this package nothing. Everything else is shown.
 _NOISE = re.compile(
     r"[Tt]ip: For seamless"  # advertises litlogger and litmodels
@@ -39,7 +41,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
         return bool(super().filter(record))
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage().strip("\n")
+        text = redact(record.getMessage().strip("\n"))
         return f"warning: {text}" if record.levelno >= logging.WARNING else text
 
 
@@ -80,4 +82,4 @@ def _plain_warning(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {redact(' '.join(str(message).split()))}\n"

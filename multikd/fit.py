@@ -13,10 +13,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
@@ -30,13 +34,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 import multikd
 import multikd.callbacks  # so that a config can name them without their import path
 from multikd import preflight
+from multikd.callbacks.preemption import SaveOnSignal, hpc_checkpoints
 from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
-from multikd.config_files import resolve_configs
+from multikd.config_files import refuse_shell, resolve_configs
 from multikd.config_parser import ConfigParser, Unbuildable, construct
 from multikd.data.module import ShardDataModule
+from multikd.fit_faults import explained
 from multikd.fit_help import HelpFormatter, help_texts
 from multikd.fit_summary import checkpoint_of
 from multikd.modules.distillation import DistillationModule
+from multikd.redaction import redact, redact_values
+from multikd.saving import VerifiedCheckpointIO, newest_whole
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +67,37 @@ class ConfigInCheckpoint(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
         checkpoint[CHECKPOINT_KEY] = {"version": multikd.__version__, "config": text}
 
+    def __init__(self, parser: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        # What is written down, beside the logs and into checkpoints, has no secrets of addresses.
+        super().__init__(parser, _without_secrets(config), *args, **kwargs)
+
+
+def _without_secrets(value: Any) -> Any:
+    """A parsed config, or a part of it, with every text redacted; a copy."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _without_secrets(item) for key, item in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_secrets(item) for item in value)
+    return redact(value) if isinstance(value, str) else value
+
 
 class MultikdCLI(LightningCLI):
-    """The Lightning CLI with our defaults; ``--config`` also takes the name of a shipped config."""
+    """The Lightning CLI with our defaults; ``--config`` also takes the name of a shipped config.
+
+    Args:
+        args, kwargs: Lightning's.
+        resume_auto: ``fit`` goes on from the newest whole checkpoint of the run's folder.
+        allow_changes: go on although settings differ that change what is trained.
+    """
+
+    def __init__(
+        self, *args: Any, resume_auto: bool = False, allow_changes: bool = False, **kwargs: Any
+    ) -> None:
+        self.resume_auto = resume_auto
+        self.allow_changes = allow_changes
+        super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose config files carry our version."""
@@ -85,6 +121,12 @@ class MultikdCLI(LightningCLI):
             if not isinstance(args, dict)
             else parser.parse_object(args)
         )
+        if isinstance(args, list):
+            refuse_shell(self.config.as_dict(), args)
+        for command in ("fit", "validate", "test", "predict"):
+            if command in self.config:
+                # A config that asks for unpickling would run what is in its checkpoint.
+                self.config[command]["weights_only"] = True
 
     def _parse_ckpt_path(self) -> None:
         """Read the checkpoint before anything is built; the config it carries is not merged."""
@@ -114,6 +156,17 @@ class MultikdCLI(LightningCLI):
         folder = str(settings.get("default_root_dir") or DEFAULT_FOLDER)
         if settings.get("logger") in (None, True) and not settings.get("barebones"):
             kwargs["logger"] = default_loggers(folder)
+        plugins = settings.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        strategy = settings.get("strategy")
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins) and (
+            getattr(strategy, "_checkpoint_io", None) is None
+        ):
+            kwargs["plugins"] = [*plugins, VerifiedCheckpointIO()]
+        callbacks = settings.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if not any(isinstance(callback, SaveOnSignal) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, SaveOnSignal()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
@@ -135,6 +188,11 @@ class MultikdCLI(LightningCLI):
             if handler is not None:
                 signal.signal(signal.SIGINT, handler)  # which Lightning set to ignore
             raise KeyboardInterrupt(self._how_to_go_on()) from None
+        except (RuntimeError, MemoryError) as error:
+            reason = explained(error, self.trainer, self.model, self.datamodule)
+            if reason is None:
+                raise
+            raise reason from error
 
     def _check(self, subcommand: str) -> None:
         """Everything that can be known to fail before Lightning begins.
@@ -144,6 +202,8 @@ class MultikdCLI(LightningCLI):
         """
         trainer, data, model = self.trainer, self.datamodule, self.model
         given = self._get(self.config, "ckpt_path")
+        if subcommand == "fit" and given is None and self._is_to_go_on():
+            given = self._go_on()
         if given is None and subcommand != "fit":
             raise ValueError(
                 f"{subcommand} needs a trained checkpoint: give --ckpt_path=FILE "
@@ -157,9 +217,39 @@ class MultikdCLI(LightningCLI):
                 preflight.check_monitors(trainer, data)
             if isinstance(model, DistillationModule):
                 preflight.check_images(model, data)
-        if subcommand == "fit" and given is None:
+        if subcommand == "fit" and given is None and not self.resume_auto:
             preflight.check_earlier_run(trainer)
         preflight.check_output(trainer.default_root_dir)
+
+    def _is_to_go_on(self) -> bool:
+        """Whether the newest whole checkpoint is asked for: by name, or by a requeued SLURM job.
+
+        Lightning would take the newest checkpoint of a *signal* there, also where a later one of
+        the run exists, and would not look whether it is whole.
+        """
+        root = self.trainer.default_root_dir
+        return self.resume_auto or (SLURMEnvironment.detect() and bool(hpc_checkpoints(root)))
+
+    def _go_on(self) -> str | None:
+        """Find the newest whole checkpoint, say which, and let ``fit`` begin there."""
+        folders = preflight.checkpoint_folders(self.trainer)
+        paths = [path for folder in folders for path in folder.glob("*.ckpt")]
+        paths += hpc_checkpoints(self.trainer.default_root_dir)
+        found = newest_whole(dict.fromkeys(paths), log.warning)
+        if found is None:
+            if paths:
+                raise ValueError(
+                    f"none of the {len(paths)} checkpoints of this run is whole, and a new run "
+                    "would write over them: move them away, or give another "
+                    "--trainer.default_root_dir"
+                )
+            where = ", ".join(map(preflight.shown, folders)) or self.trainer.default_root_dir
+            log.info("no checkpoint to go on from in %s: a new run begins", where)
+            return None
+        log.info("going on from %s (step %d)", preflight.shown(found.path), found.step)
+        self.config_init["fit"]["ckpt_path"] = self.config["fit"]["ckpt_path"] = str(found.path)
+        self._checkpoint = None if found.path.is_dir() else read_checkpoint(found.path)
+        return str(found.path)
 
     def _check_checkpoint(self, given: str | None, resuming: bool) -> None:
         path, checkpoint = self._checkpoint_path(), self._checkpoint
@@ -169,13 +259,68 @@ class MultikdCLI(LightningCLI):
         self._checkpoint = None
         if path is not None and checkpoint is not None:
             self._dump_config()
-            preflight.check_checkpoint(path, checkpoint, self.model, self.config_dump, resuming)
+            allow = self.allow_changes
+            preflight.check_checkpoint(
+                path, checkpoint, self.model, redact_values(self.config_dump), resuming, allow
+            )
+            if resuming and isinstance(self.datamodule, ShardDataModule):
+                self.datamodule.allow_other_order = allow
+                preflight.check_place(checkpoint, self.datamodule)
 
     def _how_to_go_on(self) -> str:
         newest = checkpoint_of(self.trainer)
         if newest is None:
             return "interrupted before the first checkpoint was written"
-        return f"interrupted; the same command with --ckpt_path=last goes on from {newest}"
+        return (
+            f"interrupted; the same command with --ckpt_path=last goes on from {newest}, with "
+            "--resume auto from the newest that is whole"
+        )
+
+
+@dataclass
+class OwnArguments:
+    """Arguments of ``fit`` that Lightning's parser does not know, taken out of the others.
+
+    Attributes:
+        rest: the others.
+        resume_auto: ``--resume auto``.
+        allow_changes: ``--allow_changes``.
+    """
+
+    rest: list[str]
+    resume_auto: bool = False
+    allow_changes: bool = False
+
+    @classmethod
+    def taken_from(cls, args: Sequence[str]) -> OwnArguments:
+        """Separate them.
+
+        Raises:
+            ValueError: ``--resume`` of something else, of another command, or with a
+                ``--ckpt_path``.
+        """
+        own = cls([])
+        pending = list(args)
+        while pending:
+            argument = pending.pop(0)
+            name, equals, value = argument.partition("=")
+            if name == "--resume":
+                value = value if equals else (pending.pop(0) if pending else "")
+                if value != "auto":
+                    raise ValueError(
+                        f"--resume takes 'auto', received {value!r}: a checkpoint of your choice "
+                        "is --ckpt_path=FILE"
+                    )
+                own.resume_auto = True
+            elif argument in ("--allow_changes", "--allow-changes"):
+                own.allow_changes = True
+            else:
+                own.rest.append(argument)
+        if (own.resume_auto or own.allow_changes) and own.rest[:1] != ["fit"]:
+            raise ValueError("--resume and --allow_changes belong to `multikd fit`")
+        if own.resume_auto and any(a.partition("=")[0] == "--ckpt_path" for a in own.rest):
+            raise ValueError("--resume auto finds a checkpoint by itself: leave --ckpt_path out")
+        return own
 
 
 def default_loggers(folder: str) -> list[Logger]:
@@ -215,7 +360,8 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
         ValueError: a mistake in config, arguments, checkpoint or data, in one sentence.
     """
     classes: dict[str, type] = {"model": DistillationModule, "data": ShardDataModule}
-    arguments = resolve_configs(args)
+    own = OwnArguments.taken_from(args) if run else OwnArguments(list(args))
+    arguments = resolve_configs(own.rest)
     try:
         return MultikdCLI(
             pl.LightningModule,
@@ -240,6 +386,8 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
             },
             args=with_kept_config(arguments) if run else arguments,
             run=run,
+            resume_auto=own.resume_auto,
+            allow_changes=own.allow_changes,
         )
     except Unbuildable as stop:
         raise stop.reason from stop.reason.__cause__

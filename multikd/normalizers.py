@@ -113,6 +113,9 @@ class FeatureNormalizer(KeepsDtype):
     def set_total_steps(self, steps: int) -> None:
         """How many updates the run will make; only schedules need it."""
 
+    def rescale_updates(self, factor: float) -> None:
+        """A run goes on with ``1/factor`` times the images an update; only schedules need it."""
+
     def _standardize(self, features: TokenFeatures) -> TokenFeatures:
         def standardize(token: TokenType, x: Tensor) -> Tensor:
             scale, shift = self.affine(token)
@@ -218,6 +221,11 @@ class EMAStandardizer(FeatureNormalizer):
             _move(self._mean(token), moments.mean.float(), momentum)
             _move(std, moments.std(fallback=std - EPS) + EPS, momentum)
         self.updates += 1
+
+    def rescale_updates(self, factor: float) -> None:
+        """See ``FeatureNormalizer``; a length that the factory has set is in updates and stays."""
+        if factor != 1.0:
+            self.updates.copy_((self.updates.double() * factor).round().long())
 
     def set_total_steps(self, steps: int) -> None:
         """Length of the momentum schedule, unless the factory has set one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,25 @@ from multikd.callbacks import KNNProbe, LinearProbe
 from multikd.callbacks.feature_probe import FeatureProbe
 from multikd.checkpoints import read_config
 from multikd.data.module import ShardDataModule
+from multikd.data.resuming import LoaderState
 from multikd.modules.distillation import DistillationModule
 
 log = logging.getLogger(__name__)
 
 _PROBES: dict[str, type[FeatureProbe]] = {p.metric: p for p in (KNNProbe, LinearProbe)}
+# Settings that may differ from a checkpoint's: speed, evaluation, where things lie, layout (the
+# epoch goes on in another one, see data/resuming.py), how long the run is.
+_HARMLESS = re.compile(
+    r"data\.(num_workers|prefetch_factor|persistent_workers|worker_start|in_memory|in_memory_gb"
+    r"|max_fault_rate|index_dir|shard_cache|shard_cache_gb|val|bank|eval_views|eval_batch_size"
+    r"|batch_size|cache|cache_dtype|train|allow_pipe|\w*(retries|timeout|checksum)\w*)(\.|$)"
+    r"|model\.(validate_losses|compile_student)$|model\.student\.grad_checkpointing$"
+    r"|trainer\.(accumulate_grad_batches|devices|num_nodes|max_epochs|max_steps)$"
+)
+_TRAINER = (
+    *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"),
+    *("max_epochs", "max_steps"),
+)
 # Lightning's own words for checkpoints that it finds by itself.
 CKPT_WORDS = ("last", "best", "hpc")
 
@@ -175,8 +190,12 @@ def check_checkpoint(
     module: pl.LightningModule,
     config: dict[str, Any],
     resuming: bool,
+    allow_changes: bool = False,
 ) -> None:
     """Refuse a checkpoint that this config can't go on from.
+
+    Settings of speed, of evaluation and of the layout (ranks, workers, batch size) may change;
+    others change what is trained, and do so with ``allow_changes`` only.
 
     Raises:
         ValueError: it is not ours, or of another config; names what differs.
@@ -193,8 +212,28 @@ def check_checkpoint(
             "was made with, or start a student from its weights with "
             f"--model.student.checkpoint={path}"
         )
-    if changed and resuming:
-        log.warning("settings that differ from the checkpoint's: %s", "; ".join(changed))
+    if not changed or not resuming:
+        return
+    grave = [c for c in changed if not _HARMLESS.match(c.partition(": ")[0])]
+    if grave and not allow_changes:
+        raise ValueError(
+            f"{len(grave)} settings differ from those of {path} and change what is trained: "
+            f"{'; '.join(grave[:8])}{'; …' if len(grave) > 8 else ''}: give the config it was made "
+            "with (no --config takes the checkpoint's own), or add --allow_changes to go on with "
+            "these"
+        )
+    log.warning("settings that differ from the checkpoint's: %s", "; ".join(changed))
+
+
+def check_place(checkpoint: dict[str, Any], data: ShardDataModule) -> None:
+    """Refuse other shards, or another order of them, inside an epoch; opens the training shards.
+
+    Raises:
+        ValueError: what is left of the epoch can't be known.
+    """
+    state = LoaderState.from_state_dict(checkpoint.get(type(data).__qualname__, {}))
+    if state is not None:
+        data.check_resumed(state)
 
 
 def _another_teacher(checkpoint: dict[str, Any], module: DistillationModule) -> str | None:
@@ -223,9 +262,14 @@ def _other_tensors(checkpoint: dict[str, Any], module: DistillationModule) -> st
 
 
 def differences(kept: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
-    """``key: kept → now`` of every setting of model and data that is not the same."""
-    for section in ("model", "data"):
+    """``key: kept → now`` of every setting of model and data that is not the same, and of those of
+    the trainer that enter into what is trained."""
+    for section in ("model", "data", "trainer"):
         old, new = (dict(_leaves(part.get(section), (section,))) for part in (kept, config))
+        if section == "trainer":
+            old, new = (
+                {f"trainer.{k}": s.get(f"trainer.{k}") for k in _TRAINER} for s in (old, new)
+            )
         for key in [*old, *(k for k in new if k not in old)]:
             if old.get(key) != new.get(key):
                 yield f"{key}: {old.get(key)} → {new.get(key)}"

@@ -93,8 +93,11 @@ def find_fragment(name: str, beside: Path | None = None) -> Path | None:
     if not name.endswith((".yaml", ".yml")) or "\n" in name:
         return None
     path = (beside or Path()) / Path(name).expanduser()
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError:  # a name that no file system takes
+        return None
     fragments = shipped_fragments()
     stem = _stem(name)
     if stem in fragments:

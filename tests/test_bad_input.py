@@ -451,7 +451,7 @@ def test_unreadable_and_enormous_images_are_skipped_and_counted(
     assert "sample-003" in said
     assert "sample-010" in said
     assert "60000" in said.replace(",", "").replace(" ", "")
-    (log,) = tmp_path.rglob("faults.0.jsonl")
+    (log,) = tmp_path.rglob("faults.jsonl")
     faults = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert {f["key"] for f in faults} == {"sample-003", "sample-010"}
     assert len({f["cause"] for f in faults}) == 2
@@ -480,8 +480,13 @@ def test_a_loss_that_is_not_finite_ends_in_one_sentence_and_1(
     broken["norm.bias"][0] = float("nan")
     torch.save(broken, tmp_path / "nan.pth")
     args = ["fit", f"--config={place.config}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    sentence = mistake([*args, f"{TEACHER}.checkpoint={tmp_path / 'nan.pth'}"], capsys, code=1)
-    assert "the loss is not finite: teacher 'vit' at step 0, images s-" in sentence
+    capsys.readouterr()
+    assert main([*args, f"{TEACHER}.checkpoint={tmp_path / 'nan.pth'}"]) == 1
+    *skipped, sentence = capsys.readouterr().err.splitlines()
+    assert len(skipped) == 2
+    assert all("is skipped on all ranks, since teacher 'vit'" in line for line in skipped)
+    assert "the loss is not finite: teacher 'vit' at step 2, images s-" in sentence
+    assert "3 steps in a row were skipped" in sentence
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -1,11 +1,13 @@
 """One adapter over timm for teachers and students: build, load, measure, read features.
 
 Split by noun: ``build`` (models by name), ``weights`` (files), ``features`` (what a model says),
-``measure`` (shapes found by a run without data), ``normalize`` (mean and std).
+``measure`` (shapes found by a run without data), ``normalize`` (mean and std), ``limits`` (what a
+stranger's model may ask for).
 """
 
 from multikd.backbones.build import build_model, is_skeleton, known_names, skeleton
 from multikd.backbones.features import RungPlan, final_features, plan_rungs, rung_features
+from multikd.backbones.limits import check_model_args
 from multikd.backbones.measure import (
     dry_run,
     meta_copy,
@@ -20,6 +22,7 @@ __all__ = [
     "Normalize",
     "RungPlan",
     "build_model",
+    "check_model_args",
     "dry_run",
     "final_features",
     "is_skeleton",

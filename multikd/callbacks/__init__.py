@@ -6,7 +6,10 @@ from multikd.callbacks.finite import FiniteLossGuard, NonFiniteLossError
 from multikd.callbacks.knn_probe import KNNProbe
 from multikd.callbacks.linear_probe import LinearProbe
 from multikd.callbacks.precompute import PrecomputeFeatures
+from multikd.callbacks.preemption import PreemptedError, SaveOnSignal
 from multikd.callbacks.quantization_aware import QuantizationAware
+from multikd.callbacks.spikes import LossSpikes
+from multikd.callbacks.stalled import StallWatch
 from multikd.callbacks.throughput import Throughput
 
 __all__ = [
@@ -15,8 +18,12 @@ __all__ = [
     "FiniteLossGuard",
     "KNNProbe",
     "LinearProbe",
+    "LossSpikes",
     "NonFiniteLossError",
     "PrecomputeFeatures",
+    "PreemptedError",
     "QuantizationAware",
+    "SaveOnSignal",
+    "StallWatch",
     "Throughput",
 ]

@@ -25,8 +25,9 @@ class Throughput(pl.Callback):
         self._warm = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A run begins cold."""
+        """A run begins cold, and may begin inside an epoch."""
         self._warm = False
+        self._reset()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the pause between epochs (validation, checkpoints)."""

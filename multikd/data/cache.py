@@ -10,6 +10,7 @@ write different ones of the same files, and a killed computation continues where
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from multikd.files import write_atomically
 from multikd.types import Batch, Grid, TokenFeatures
+from multikd.untrusted import inside, read_json
 
 CacheDtype = Literal["float16", "bfloat16", "float32"]
 Ints = npt.NDArray[np.int64]
@@ -99,15 +101,19 @@ class TeacherRecord:
     def from_json(values: Mapping[str, Any]) -> TeacherRecord:
         """Back from ``meta.json``, where tuples are lists."""
 
-        def shape(value: Sequence[int] | None) -> Any:
-            return None if value is None else tuple(value)
+        def shape(name: str, rank: int) -> Any:
+            value = values[name]
+            if value is None:
+                return None
+            if len(value) != rank or not all(type(n) is int and 0 < n < 1 << 31 for n in value):
+                raise ValueError(f"its {name} has the shape {value!r}")
+            return tuple(value)
 
+        fingerprint, dtype = values["fingerprint"], values["dtype"]
+        if not isinstance(fingerprint, str) or dtype not in _STORED:
+            raise ValueError(f"a teacher's dtype is {dtype!r}")
         return TeacherRecord(
-            values["fingerprint"],
-            values["dtype"],
-            shape(values["summary"]),
-            shape(values["patches"]),
-            shape(values["grid"]),
+            fingerprint, dtype, shape("summary", 1), shape("patches", 2), shape("grid", 2)
         )
 
 
@@ -185,7 +191,14 @@ class FeatureCache:
     def _map(self, name: str, what: str, mode: Literal["r", "r+"] = "r") -> npt.NDArray[Any]:
         if (name, what) not in self._maps:
             path, dtype, shape = _file(self.folder, self.source, name, self.records[name], what)
-            self._maps[name, what] = np.memmap(path, dtype, mode, shape=shape)
+            expected = math.prod(shape) * dtype.itemsize
+            try:
+                size = path.stat().st_size
+                if size != expected:
+                    raise _damaged(path, f"it has {size} bytes and should have {expected}")
+                self._maps[name, what] = np.memmap(path, dtype, mode, shape=shape)
+            except OSError as error:
+                raise _damaged(path, error.strerror or str(error)) from error
         return self._maps[name, what]
 
 
@@ -229,7 +242,7 @@ class FeatureCacheWriter(FeatureCache):
             for what in ("summary", "patches", "done"):
                 if what == "done" or getattr(record, what) is not None:
                     path, stored, shape = _file(folder, source, name, record, what)
-                    sizes[path] = int(np.prod(shape)) * stored.itemsize
+                    sizes[path] = math.prod(shape) * stored.itemsize
         _refuse_full_disk(folder, sizes)
         for path, size in sizes.items():
             with path.open("ab") as file:  # never empties what another rank has begun
@@ -305,19 +318,32 @@ def _file(
     folder: Path, source: CacheSource, name: str, record: TeacherRecord, what: str
 ) -> tuple[Path, np.dtype[Any], tuple[int, ...]]:
     stem = quote(name, safe="")
+    # A link in a stranger's folder would have us write to what it points at.
     if what == "done":
-        return folder / f"{stem}.done", np.dtype(np.uint8), (source.rows,)
+        return inside(folder, f"{stem}.done"), np.dtype(np.uint8), (source.rows,)
     shape: tuple[int, ...] = (source.rows, *getattr(record, what))
-    return folder / f"{stem}.{what}.bin", _STORED[record.dtype][0], shape
+    return inside(folder, f"{stem}.{what}.bin"), _STORED[record.dtype][0], shape
 
 
 def _read_meta(folder: Path, source: CacheSource) -> dict[str, TeacherRecord]:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    path = folder / "meta.json"
+    meta = read_json(path)
     expected = json.loads(json.dumps(asdict(source)))
+    if not isinstance(meta, dict) or not isinstance(meta.get("source"), dict):
+        raise _damaged(path, "it does not say what it was made from")
     for field, value in expected.items():
         if (had := meta["source"].get(field)) != value:
             raise _refused(folder, f"'{field}'", had, value)
-    return {name: TeacherRecord.from_json(values) for name, values in meta["teachers"].items()}
+    try:
+        return {str(n): TeacherRecord.from_json(v) for n, v in meta["teachers"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, " ".join(str(error).split())[:160]) from error
+
+
+def _damaged(path: Path, detail: str) -> ValueError:
+    return ValueError(
+        f"{path} of a feature cache is damaged ({detail}): remove the folder or name another one"
+    )
 
 
 def _write_meta(folder: Path, source: CacheSource, records: Mapping[str, TeacherRecord]) -> None:
@@ -344,6 +370,6 @@ def _refuse_full_disk(folder: Path, sizes: Mapping[Path, int]) -> None:
 
 def _refused(folder: Path, what: str, had: object, expected: object) -> ValueError:
     return ValueError(
-        f"the feature cache {folder} was made for something else: {what} is {had} there and "
-        f"{expected} here; remove the folder or name another one"
+        f"the feature cache {folder} was made for something else: {what} is {str(had)[:200]} there "
+        f"and {str(expected)[:200]} here; remove the folder or name another one"
     )

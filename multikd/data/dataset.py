@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,8 +35,15 @@ T = TypeVar("T")
 NEIGHBOURS = 16
 """Samples after a faulty one, in file order, that are tried in its place."""
 
+NO_STAND_IN = "no stand-in"
+"""Cause of a sample that is grey in the batch, since nothing near it can be read either."""
+
 _WHOLE_SHARD = ("unreadable", "unreachable", "shard changed")
 """Causes that the samples after a faulty one share: there the next shard is tried."""
+
+
+class NoStandIn(ValueError):
+    """A sample cannot be read, and nothing that might stand in for it."""
 
 
 class Sample(NamedTuple):
@@ -103,15 +110,20 @@ class SampleReader:
     ) -> tuple[Sample, T, Fault | None]:
         """A sample and what ``use`` makes of it; or a sound one near it, and the fault it covers.
 
-        The stand-in is the next sample in file order; for a fault of a whole shard, the one at
-        the same place of the next shard. An exception of ``use`` is a fault, too.
+        The stand-in is the next sample in file order, or the one after; then the one at the same
+        place of the next shard; then further ones of either kind. Where the fault is a whole
+        shard's, only other shards are tried. An exception of ``use`` is a fault, too.
 
         Raises:
-            ValueError: the ``NEIGHBOURS`` tried in place of a faulty sample are faulty too.
+            NoStandIn: none of the up to ``2 × NEIGHBOURS`` samples tried can be read.
         """
         fault: Fault | None = None
-        place, tries = number, min(NEIGHBOURS, len(self.sources[dataset]) - 1)
-        for _ in range(tries + 1):
+        whole_shard = False
+        tried = 0
+        for place, elsewhere in self._tries(dataset, number):
+            if whole_shard and not elsewhere:
+                continue
+            tried += 1
             found = self._find(dataset, place)
             if isinstance(found, Sample):
                 try:
@@ -120,22 +132,26 @@ class SampleReader:
                     found = SampleFault("augmentation", f"{type(error).__name__}: {error}")
             if fault is None:
                 fault = Fault(found.cause, *self.place(dataset, number), found.detail)
-            place = self._after(dataset, place, found.cause in _WHOLE_SHARD)
+            whole_shard = whole_shard or (not elsewhere and found.cause in _WHOLE_SHARD)
         shard, key = self.place(dataset, number)
         why = "" if fault is None else f" ({fault.cause}: {fault.detail})"
-        raise ValueError(
-            f"neither sample {key} of {shard}{why} nor any of the {tries} after it can be read: "
-            "run  multikd shards inspect  on the shards"
+        raise NoStandIn(
+            f"neither sample {key} of {shard}{why} nor any of the {tried - 1} after it can be "
+            "read: run  multikd shards inspect  on the shards"
         )
 
-    def _after(self, dataset: int, number: int, whole_shard: bool) -> int:
-        """The sample to try in place of a faulty one."""
+    def _tries(self, dataset: int, number: int) -> Iterator[tuple[int, bool]]:
+        """A sample and what may stand in for it, in turn; whether each is of another shard."""
         source = self.sources[dataset]
-        if not whole_shard:
-            return (number + 1) % len(source)
+        length, shards = len(source), len(source.urls)
+        near = [((number + n) % length, False) for n in range(1, min(NEIGHBOURS, length - 1) + 1)]
         shard, offset = source.locate(number)
-        following = (shard + 1) % len(source.urls)
-        return int(source.starts[following] + offset % source.lengths[following])
+        far = []
+        for n in range(1, min(NEIGHBOURS, shards - 1) + 1):
+            other = (shard + n) % shards
+            far.append((int(source.starts[other] + offset % source.lengths[other]), True))
+        yield number, False
+        yield from (*near[:2], *far[:1], *near[2:], *far[1:])
 
     def _find(self, dataset: int, number: int) -> Sample | SampleFault:
         known = self._kept.get((dataset, number))
@@ -206,6 +222,7 @@ class ShardDataset(Dataset[Batch]):
         self.policies = tuple(policies)
         self.seed = seed
         self.cache = cache
+        self.grey_for_lost = False  # on several ranks: one that raised alone would hang the others
         self._remote = any(is_remote(url) for source in reader.sources for url in source.urls)
 
     def __len__(self) -> int:
@@ -257,7 +274,12 @@ class ShardDataset(Dataset[Batch]):
             draw_keys = [DrawKey.live(self.seed, epoch, position, v) for v in range(len(views))]
             if recorded >= 0:
                 draw_keys[0] = DrawKey.recorded(self.seed, group, index, recorded)
-            found, seen, fault = self.reader.read(group, index, partial(self._see, draw_keys))
+            try:
+                found, seen, fault = self.reader.read(group, index, partial(self._see, draw_keys))
+            except NoStandIn as lost:
+                if not self.grey_for_lost:
+                    raise
+                found, seen, fault = self._grey(group, index, lost)
             labels.append(found.label if position != FILLER else -1)
             keys.append(found.key)
             if fault is not None and position != FILLER:
@@ -277,6 +299,21 @@ class ShardDataset(Dataset[Batch]):
             cached=self._cached(dataset, sample, number),
             faults=faults,
         )
+
+    def _grey(
+        self, dataset: int, number: int, lost: NoStandIn
+    ) -> tuple[Sample, list[tuple[Parameters, Tensor]], Fault]:
+        """Grey views without a label: the batch keeps its shape, and every rank its steps."""
+        shard, key = self.reader.place(dataset, number)
+        seen = [
+            (
+                np.zeros(len(policy.names), dtype=np.float32),
+                torch.full((3, policy.size, policy.size), 128, dtype=torch.uint8),
+            )
+            for policy in self.policies
+        ]
+        image = Image.new("RGB", (1, 1), (128, 128, 128))
+        return Sample(image, -1, key), seen, Fault(NO_STAND_IN, shard, key, str(lost))
 
     def _see(self, keys: list[DrawKey], sample: Sample) -> list[tuple[Parameters, Tensor]]:
         """Parameters and pixels of each view of a sample."""

@@ -20,12 +20,14 @@ import tarfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from multikd.data.tar import BLOCK, Member, Sample, scan_tar, split_name
 from multikd.files import write_atomically
+from multikd.untrusted import parse_json, read_bytes
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_SUFFIX = ".index.npz"
 _FORMAT = 1
-_UNSOUND = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zipfile.BadZipFile)
+_MOST_BYTES = 1 << 28  # of an index, packed or unpacked: some five million samples
 _ARRAYS = {
     "key_bytes": np.uint8,
     "key_ends": np.int64,
@@ -134,24 +136,25 @@ class ShardIndex:
             ValueError: it is no such file, of another format, or contradicts itself.
         """
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                header = json.loads(archive["header"].tobytes())
-                arrays = {name: archive[name] for name in _ARRAYS}
+            arrays = _unpacked(data)
+            header: dict[str, Any] = parse_json(arrays.pop("header").tobytes(), "its header")
             if header.pop("format") != _FORMAT:
                 raise ValueError("it is of another format")
             header["extensions"] = tuple(header["extensions"])
             for name, dtype in _ARRAYS.items():
                 if arrays[name].dtype != dtype or arrays[name].ndim != 1:
                     raise ValueError(f"its array {name!r} is not one-dimensional {dtype.__name__}")
-            index = ShardIndex(**header, **arrays)
+            values: dict[str, Any] = {**header, **arrays}
+            index = ShardIndex(**values)
             index._check()
-        except _UNSOUND as error:
-            raise ValueError(f"not a usable shard index: {error}") from error
+        except Exception as error:  # hostile bytes make zipfile and NumPy raise nearly anything
+            detail = " ".join(str(error).split())[:160] or type(error).__name__
+            raise ValueError(f"not a usable shard index: {detail}") from error
         return index
 
     def _check(self) -> None:
+        self._check_header()
         samples, members = len(self.key_ends), len(self.member_offset)
-        ends = self.member_offset + self.member_size
         keys = np.diff(self.key_ends, prepend=0)
         sound = (
             samples > 0
@@ -163,12 +166,53 @@ class ShardIndex:
             and bool((keys > 0).all())
             and int(self.key_ends[-1]) == len(self.key_bytes)
             and bool((self.member_offset >= BLOCK).all() and (self.member_size >= 0).all())
-            and bool((ends <= self.size).all())
+            and bool((self.member_size <= self.size).all())
+            # Not as a sum, which might overflow.
+            and bool((self.member_offset <= self.size - self.member_size).all())
             and bool((self.member_extension >= 0).all())
             and bool((self.member_extension < len(self.extensions)).all())
         )
         if not sound:
             raise ValueError("its arrays contradict each other")
+        self.key_bytes.tobytes().decode()  # UnicodeDecodeError, a ValueError, where it is no text
+        firsts = self.key_bytes[np.concatenate([[0], self.key_ends[:-1]])]
+        if bool((firsts & 0xC0 == 0x80).any()):
+            raise ValueError("a key begins in the middle of a character")
+
+    def _check_header(self) -> None:
+        counts = isinstance(self.faults, dict) and all(
+            isinstance(cause, str) and type(count) is int and count >= 0
+            for cause, count in self.faults.items()
+        )
+        numbers = all(
+            type(value) is int and 0 <= value < 1 << 63 for value in (self.size, self.mtime_ns)
+        )
+        texts = all(isinstance(t, str) for t in (self.shard, self.truncated, *self.extensions))
+        if not (counts and numbers and texts):
+            raise ValueError("its header has values of other types")
+
+
+def _unpacked(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz, their sizes checked before anything is unpacked or allocated."""
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, more than {_MOST_BYTES}")
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+        if sum(sizes.values()) > _MOST_BYTES or len(sizes) > 64:
+            raise ValueError(f"it unpacks to more than {_MOST_BYTES} bytes")
+        for name in ("header", *_ARRAYS):
+            # Read as bytes first: NumPy would allocate what the array's own header promises.
+            with archive.open(f"{name}.npy") as member:
+                packed = io.BytesIO(member.read(_MOST_BYTES))
+            if np.lib.format.read_magic(packed) != (1, 0):
+                raise ValueError(f"its array {name!r} is of another version")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(packed)
+            content = packed.getbuffer()[packed.tell() :]
+            if dtype.hasobject or len(shape) != 1 or shape[0] * dtype.itemsize != len(content):
+                raise ValueError(f"its array {name!r} is not as long as it says")
+            arrays[name] = np.frombuffer(content, dtype=dtype)
+    return arrays
 
 
 def build_index(shard: str | os.PathLike[str]) -> ShardIndex:
@@ -268,12 +312,10 @@ def truncated_message(name: str, index: ShardIndex) -> str:
 def _stored(place: Path, shard: Path) -> ShardIndex | None:
     """The index stored at ``place`` if it is there, sound, and made of the shard as it is now."""
     try:
-        data = place.read_bytes()
         stat = shard.stat()
+        index = ShardIndex.from_bytes(read_bytes(place, _MOST_BYTES))
     except OSError:
         return None
-    try:
-        index = ShardIndex.from_bytes(data)
     except ValueError as error:
         logger.warning("%s is made again: %s", place, error)
         return None
@@ -301,7 +343,7 @@ def _headers_fit(index: ShardIndex, shard: Path) -> bool:
                     simple and split_name(info.name) != (index.key(sample), member.extension)
                 ):
                     return False
-    except (OSError, tarfile.TarError):
+    except (OSError, tarfile.TarError, ValueError):
         return False
     return True
 

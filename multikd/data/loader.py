@@ -52,10 +52,28 @@ class ShardLoader:
         self.faults = faults
         if not fixed_epoch:
             self.batch_sampler = batch_sampler
-        self._batches = len(batch_sampler)
+        self.fixed_epoch = fixed_epoch
+        self._sampler = batch_sampler
+        self._skipped = 0
+
+    @property
+    def places(self) -> EpochSampler:
+        """Where the batches' places come from. (Lightning would find a ``sampler``.)"""
+        return self._sampler
 
     def __len__(self) -> int:
-        return self._batches
+        return len(self._sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module keeps the place. That it is here tells Lightning so."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+
+    def skip(self, batches: int) -> None:
+        """Let the next iteration read so many batches and throw them away (plain streams)."""
+        self._skipped = batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration (for loops other than Lightning's)."""
@@ -64,7 +82,10 @@ class ShardLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: the workers start with the first batch, after set_epoch, not with iter().
-        for batch in self.loader:
+        skipped, self._skipped = self._skipped, 0
+        for number, batch in enumerate(self.loader):
+            if number < skipped:
+                continue
             self.faults.add(batch)
             yield batch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from multikd.files import write_atomically
+from multikd.untrusted import MOST_TEXT, parse_json, read_bytes, read_json
 
 MANIFEST = "dataset.json"
 LOG = ".multikd-write.jsonl"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,19 @@ class ShardRecord:
     start: int
     stop: int
     skipped: list[Skipped] = field(default_factory=list)
+    sha256: str = ""  # of the tar's bytes; empty in what earlier versions wrote
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ShardRecord:
         """From what ``dataclasses.asdict`` gave; TypeError or KeyError where it is another."""
         skipped = [Skipped(**entry) for entry in data["skipped"]]
-        return ShardRecord(**(data | {"skipped": skipped}))
+        record = ShardRecord(**(data | {"skipped": skipped}))
+        numbers = (record.samples, record.bytes, record.start, record.stop)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise TypeError("a shard's numbers must be whole")
+        if not _PLAIN_NAME.match(record.name) or not isinstance(record.sha256, str):
+            raise TypeError("a shard's name must be a plain one")
+        return record
 
 
 class WriteLog:
@@ -56,13 +66,17 @@ class WriteLog:
         None where ``out`` has neither a log nor a ``dataset.json``.
         """
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            return json.loads(lines[0]), self._whole(_parsed(lines[1:]))
+            lines = read_bytes(self.path, MOST_TEXT).decode("utf-8").splitlines()
+            config = parse_json(lines[0], self.path)
+            if isinstance(config, dict):
+                return config, self._whole(_parsed(lines[1:]))
         except (OSError, ValueError, IndexError):
-            manifest = read_manifest(self.path.parent)
+            pass
+        manifest = read_manifest(self.path.parent)
         if manifest is None or not isinstance(manifest.get("config"), dict):
             return None
-        return manifest["config"], self._whole(manifest.get("shards", []))
+        shards = manifest.get("shards")
+        return manifest["config"], self._whole(shards if isinstance(shards, list) else [])
 
     def _whole(self, entries: Iterable[dict[str, Any]]) -> list[ShardRecord]:
         """The records up to the first whose shard is not there in full."""
@@ -71,7 +85,7 @@ class WriteLog:
             try:
                 record = ShardRecord.from_dict(entry)
                 size = (self.path.parent / record.name).stat().st_size
-            except (OSError, TypeError, KeyError):
+            except (OSError, TypeError, KeyError, ValueError):
                 break
             if size != record.bytes or record.start != (records[-1].stop if records else 0):
                 break
@@ -98,7 +112,7 @@ class WriteLog:
 def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            yield json.loads(line)
+            yield parse_json(line, "a line of the log")
         except ValueError:  # the last line, if a kill cut it
             return
 
@@ -182,7 +196,7 @@ class WriteReport:
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The ``dataset.json`` of a folder of shards; None where there is none that can be read."""
     try:
-        data = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        data = read_json(Path(folder) / MANIFEST)
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None

@@ -19,7 +19,8 @@ from multikd.data.decode import DEFAULT_MAX_PIXELS
 from multikd.data.faults import FaultCounter
 from multikd.data.loader import ShardLoader, identity
 from multikd.data.order import EpochOrder
-from multikd.data.remote import RemoteCache
+from multikd.data.remote import RemoteCache, public_name
+from multikd.data.resuming import LoaderState
 from multikd.data.sampler import GlobalBatchSampler
 from multikd.data.sequential import SequentialShards, sequential_urls
 from multikd.data.sources import DEFAULT_CACHE, ShardSource
@@ -136,6 +137,9 @@ class ShardDataModule(LightningDataModule):
         self._opened: dict[str, Opened] = {}
         self._loaders: list[ShardLoader] = []
         self._fingerprints: dict[str, str] | None = None
+        self._train_loader: ShardLoader | None = None
+        self.resumed: LoaderState | None = None
+        self.allow_other_order = False
         self._check_settings()
 
     # --- checking and opening -----------------------------------------------------------------
@@ -260,12 +264,138 @@ class ShardDataModule(LightningDataModule):
             dataset = self._sequential()
             dataset.check_workers(self.num_workers)
             # Workers get the epoch with the data set when they start, so they start every epoch.
-            return self._loader(dataset, dataset, persistent=False)
-        train = self._open("train")
-        shards = ShardDataset(
-            self._read_ready(train), self.train_order(), self.train_views, self.seed, self._cached()
-        )
-        return self._loader(shards, self._train_sampler(*self._ranks()), train=True)
+            self._train_loader = self._loader(dataset, dataset, persistent=False)
+        else:
+            train = self._open("train")
+            shards = ShardDataset(
+                self._read_ready(train),
+                self.train_order(),
+                self.train_views,
+                self.seed,
+                self._cached(),
+            )
+            shards.grey_for_lost = self._ranks()[1] > 1
+            sampler = self._train_sampler(*self._ranks())
+            self._train_loader = self._loader(shards, sampler, train=True)
+        if self.resumed is not None:
+            self._go_on(self.resumed)
+        return self._train_loader
+
+    # --- going on inside an epoch -------------------------------------------------------------
+
+    def order_identity(self) -> dict[str, str]:
+        """What the order of training samples is a function of, with a fingerprint of the shards."""
+        identity = {"seed": str(self.seed), "sequential": str(self.sequential)}
+        if self.sequential:
+            spec = self._specs["train"]
+            listed = sequential_urls(spec if isinstance(spec, (str, list)) else [], self.allow_pipe)
+            text = "\n".join([*map(public_name, listed), str(self.shuffle_buffer)])
+            return identity | {"shards": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        train, order = self._open("train"), self.train_order()
+        digest = hashlib.sha256()
+        for source in train.reader.sources:
+            digest.update(source.fingerprint().encode())
+        return identity | {
+            "shards": digest.hexdigest()[:16],
+            "samples": str(sum(order.totals)),
+            "quotas": ",".join(map(str, order.quotas)),
+            "window_shards": str(self.window_shards),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data (``LoaderState``), from what the loop has consumed.
+
+        From the loop, not from the loader: what workers prefetched has not been seen.
+        """
+        trainer, loader = self.trainer, self._train_loader
+        if trainer is None or loader is None:
+            return {}
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        done = batches.processed
+        if epochs.processed >= epochs.started:
+            done = 0  # between two epochs
+        world = self._ranks()[1]
+        sampler = loader.places
+        if isinstance(sampler, GlobalBatchSampler):
+            position, stop = sampler.consumed(done), sampler.stop(int(trainer.num_training_batches))
+        else:
+            position, stop = (n * self.batch_size * world for n in (done, len(loader)))
+        return LoaderState(
+            epoch=epochs.processed,
+            batches=done,
+            position=position,
+            stop=stop,
+            batch_size=self.batch_size,
+            world=world,
+            accumulate=trainer.accumulate_grad_batches,
+            order=self.order_identity(),
+        ).state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the place up again; see ``check_resumed`` for what is refused."""
+        self.resumed = LoaderState.from_state_dict(state_dict)
+        if self.resumed is not None and self._train_loader is not None:
+            self._go_on(self.resumed)
+
+    def check_resumed(self, state: LoaderState) -> None:
+        """Refuse to go on inside an epoch whose rest can't be had.
+
+        Raises:
+            ValueError: other shards or another order, without ``allow_other_order``; another
+                number of processes in the sequential mode, or with ``limit_train_batches``.
+        """
+        changed = state.other_order(self.order_identity())
+        if changed and state.inside and not self.allow_other_order:
+            raise ValueError(
+                f"the checkpoint lies inside epoch {state.epoch}, at sample {state.position} of "
+                f"{state.stop}, of other training data ({'; '.join(changed)}): what is left of the "
+                "epoch can't be known; give the shards and settings it was made with, or add "
+                "--allow_changes to go on in the new order from that place"
+            )
+        if changed:
+            logger.warning("the training data is not the checkpoint's: %s", "; ".join(changed))
+        world = self._ranks()[1]
+        same_batch = self.batch_size * world == state.batch_size * state.world
+        if not state.inside or (same_batch and not (self.sequential and world != state.world)):
+            return
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        if self.sequential or limit != 1.0:
+            raise ValueError(
+                f"the checkpoint was made by {state.world} processes with batches of "
+                f"{state.batch_size}, and here they are {world} with {self.batch_size}: "
+                + (
+                    "a plain stream (data.sequential) depends on their number"
+                    if self.sequential
+                    else "with trainer.limit_train_batches an epoch can't go on in another layout"
+                )
+                + "; use as many, or a checkpoint from the end of an epoch"
+            )
+
+    def batches_before(self, state: LoaderState) -> int:
+        """The number of the first batch to come of the epoch in ``state``, in batches of ours."""
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return state.batches_before(self.batch_size, self._ranks()[1], accumulate)
+
+    def _go_on(self, state: LoaderState) -> None:
+        """Let the training loader begin where ``state`` says."""
+        loader = self._train_loader
+        if loader is None or not state.inside:
+            return
+        self.check_resumed(state)
+        sampler = loader.places
+        if not isinstance(sampler, GlobalBatchSampler):
+            logger.info("reading %d batches again: a plain stream has no places", state.batches)
+            sampler.set_epoch(state.epoch)
+            loader.skip(state.batches)
+            return
+        epoch = 0 if loader.fixed_epoch else state.epoch
+        length = self.train_order().length
+        if max(state.position, state.stop) > length:  # fewer samples than there were
+            whole = sampler.whole
+            sampler.resume(epoch, min(self.batches_before(state), whole))
+            return
+        sampler.resume(epoch, self.batches_before(state), state.position, state.stop)
 
     def _sequential(self) -> SequentialShards:
         spec = self._specs["train"]
@@ -310,6 +440,7 @@ class ShardDataModule(LightningDataModule):
         order = EpochOrder(opened.lengths, seed=self.seed, shuffle=False)
         dataset = ShardDataset(self._read_ready(opened), order, [self.eval_views], self.seed)
         rank, world = self._ranks()
+        dataset.grey_for_lost = world > 1
         sampler = GlobalBatchSampler(
             order.length, self.eval_batch_size, rank, world, drop_last=False
         )
@@ -436,6 +567,7 @@ class ShardDataModule(LightningDataModule):
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
+        self._train_loader = None
         for opened in self._opened.values():
             for source in opened.reader.sources:
                 source.close()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import tarfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,9 @@ from multikd.data.dataset import Sample, decode_members
 from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault
 from multikd.data.remote import RemoteCache, is_remote, public_name
 from multikd.data.sources import expand_urls
+from multikd.data.tar import stream_members
 from multikd.data.views import DrawKey, ViewPolicy
+from multikd.redaction import redact
 from multikd.types import Batch, Fault
 
 
@@ -47,18 +48,19 @@ def sequential_urls(spec: str | Sequence[str], allow_pipe: bool = False) -> list
             continue
         if not allow_pipe:
             raise ValueError(
-                f"{part!r} runs a shell command of whoever wrote this configuration: set "
-                "allow_pipe to true if you trust it"
+                f"{redact(part)!r} runs a shell command of whoever wrote this configuration: "
+                "set allow_pipe, by --data.allow_pipe=true on the command line, if you trust it"
             )
         urls.append(part)
     return urls
 
 
 class SequentialShards(IterableDataset[Batch]):
-    """Batches from shards read front to back through webdataset's tar and grouping stages.
+    """Batches from shards read front to back, grouped by webdataset's own stage.
 
-    None of webdataset's decoders (one of them unpickles) and none of its remote openers is used:
-    images and labels are decoded as in the indexed mode, http(s) goes through the local cache.
+    None of webdataset's decoders (one of them unpickles), none of its remote openers and not its
+    tar stage (which allocates what a header promises) is used: images and labels are decoded as in
+    the indexed mode, http(s) goes through the local cache.
 
     Args:
         urls: from ``sequential_urls``.
@@ -172,13 +174,13 @@ class SequentialShards(IterableDataset[Batch]):
 
     def _grouped(self, numbers: list[int]) -> Iterator[dict[str, Any]]:
         """Samples of these shards by webdataset's own stages; errors are not passed over."""
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
 
         for number, following in zip(numbers, [*numbers[1:], -1], strict=True):
             self._fetch_ahead(following)
             try:
-                yield from group_by_keys(tar_file_expander(self._open(self.urls[number])))
-            except (OSError, ValueError, tarfile.TarError) as error:
+                yield from group_by_keys(self._members(self.urls[number]))
+            except Exception as error:  # hostile bytes make tarfile raise nearly anything
                 words = error.args[0] if error.args else error
                 raise ValueError(
                     f"cannot read the shard {public_name(self.urls[number])} as a stream "
@@ -195,6 +197,11 @@ class SequentialShards(IterableDataset[Batch]):
                 self._remote.fetch(self.urls[number])
 
         threading.Thread(target=fetch, daemon=True).start()
+
+    def _members(self, url: str) -> Iterator[dict[str, Any]]:
+        for opened in self._open(url):
+            for name, data in stream_members(opened["stream"]):
+                yield {"fname": name, "data": data, "__url__": url}
 
     def _open(self, url: str) -> Iterator[dict[str, Any]]:
         from webdataset.gopen import gopen_pipe

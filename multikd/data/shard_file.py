@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -46,8 +47,12 @@ class OpenShard:
         # Bound to the size only, so that copies of the shard can take the index along.
         index = without_mtime(build_index(self.path))
         write_atomically(index_path(self.path), index.to_bytes())
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = self.path.stat().st_size
-        return ShardRecord(self.path.name, self.samples, size, self.start, stop, self.skipped)
+        return ShardRecord(
+            self.path.name, self.samples, size, self.start, stop, self.skipped, digest
+        )
 
     def discard(self) -> None:
         """Delete what was not finished; does nothing afterwards or twice."""

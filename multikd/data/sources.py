@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE = Path.home() / ".cache" / "multikd"
 _COOL_DOWN = 60.0  # seconds for which a shard that could not be fetched is not asked for again
+_MOST_MEMBERS = 1 << 30  # bytes of one sample: more would be allocated before its header is seen
 _GAP = 1 << 16  # bytes between two members that are read along rather than skipped
 
 
@@ -153,6 +154,9 @@ class ShardSource:
         if not 0 <= sample < len(index):
             raise IndexError(f"sample {sample} of {len(index)} in {self.name(shard)}")
         members = [m for m in index.members(sample) if extensions is None or m[0] in extensions]
+        total = sum(member.size for member in members)
+        if total > _MOST_MEMBERS:
+            raise SampleFault("too large", f"{total} bytes, the limit is {_MOST_MEMBERS}")
         self._own_process()
         try:
             if shard not in self._handles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from multikd.data.dataset import SampleReader
 from multikd.data.remote import is_remote
+from multikd.untrusted import read_json
 
 
 @dataclass
@@ -52,7 +52,7 @@ def dataset_facts(url: str) -> dict[str, Any]:
         return {}
     path = Path(url).with_name("dataset.json")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

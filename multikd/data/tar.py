@@ -13,9 +13,11 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, Self, cast
 
 BLOCK = 512  # a tar's unit
+_MOST_HEADER = 1 << 20  # bytes of a pax or long-name header: names and times, never data
+_MOST_MEMBER = 1 << 30  # bytes of a member that is read whole
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -75,10 +77,12 @@ def scan_tar(
     _refuse_other_formats(path, file.read(8), size)
     try:
         samples, faults, truncated = _walk(file, size)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
-        raise ValueError(
-            f"the shard {path} is not a tar archive ({error}): write it again"
-        ) from error
+    except OSError as error:
+        if not isinstance(error, tarfile.TarError) and error.errno is not None:
+            raise
+        raise _no_tar(path, error) from error
+    except Exception as error:  # hostile headers make tarfile raise nearly anything
+        raise _no_tar(path, error) from error
     if not samples:
         problem = truncated or "it is an archive without any key.extension member"
         raise ValueError(f"the shard {path} has no samples: {problem}")
@@ -86,6 +90,32 @@ def scan_tar(
     if repeated:
         faults["duplicate key"] += repeated
     return samples, dict(faults), truncated
+
+
+def _no_tar(path: Path, error: Exception) -> ValueError:
+    detail = " ".join(str(error).split())[:160] or type(error).__name__
+    return ValueError(f"the shard {path} is not a tar archive ({detail}): write it again")
+
+
+class _Headers(io.BufferedIOBase):
+    """A file of which headers are read: a header that promises gigabytes is refused.
+
+    ``tarfile`` reads a pax or long-name header in one go, of whatever size it says.
+    """
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MOST_HEADER:
+            raise ValueError(f"a header of {size} bytes, more than {_MOST_HEADER}")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _refuse_other_formats(path: Path, head: bytes, size: int) -> None:
@@ -108,7 +138,8 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
     truncated = ""
     cut_key: str | None = None
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+    headers = cast(IO[bytes], _Headers(file))
+    with tarfile.open(fileobj=headers, mode="r:", errors="replace") as tar:
         try:
             for info in _headers(tar):
                 if info.isdir():
@@ -129,7 +160,7 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
                 samples[-1][1].append(Member(extension, info.offset_data, info.size))
             file.seek(tar.offset)
             tail = file.read(BLOCK)
-        except tarfile.ReadError:
+        except (tarfile.ReadError, EOFError):
             tail = b""
         if cut_key is not None:
             truncated = "it ends in the middle of a member"
@@ -140,6 +171,36 @@ def _walk(file: io.BufferedReader, size: int) -> tuple[list[Sample], Counter[str
     if truncated and samples and (cut_key == samples[-1][0] or _lacks_members(samples)):
         samples.pop()
     return samples, faults, truncated
+
+
+class _StreamedInfo(tarfile.TarInfo):
+    """A header of a stream, where ``_Headers`` cannot stand between."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """As tarfile's, refusing headers and members that promise too much."""
+        info = super().frombuf(buf, encoding, errors)
+        most = _MOST_MEMBER if info.isreg() else _MOST_HEADER
+        if not 0 <= info.size <= most:
+            raise ValueError(f"it promises {info.size} bytes, more than {most}")
+        return info
+
+
+def stream_members(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each member of a tar that is read front to back, compressed or not.
+
+    Links, special files and unsafe names are passed over, as in an indexed shard.
+
+    Raises:
+        Exception: of nearly any kind, where it is no such stream.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StreamedInfo, errors="replace") as tar:
+        for info in _headers(tar):
+            if info.isdir() or _refusal(info) or info.size > _MOST_MEMBER:
+                continue
+            file = tar.extractfile(info)
+            if file is not None:
+                yield info.name, file.read()
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from urllib.parse import unquote, urlsplit
 
 from multikd.data.remote import is_remote
+from multikd.redaction import HIDDEN, redact
 
 _RANGE = re.compile(r"^(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?$")
 _MOST_URLS = 10_000_000
@@ -89,18 +90,24 @@ def _expand_one(text: str) -> list[str]:
     if not text.strip():
         raise ValueError("expected a path or address of shards, received an empty string")
     if is_remote(text):
+        if HIDDEN in text:
+            raise ValueError(
+                f"the secret parts of {text!r} were taken out when it was written down: give the "
+                "whole address again (--data.train=…)"
+            )
         return expand_braces(text)
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     elif text.startswith("pipe:"):
         raise ValueError(
-            f"{text!r} is a command, whose output cannot be indexed: read it in the sequential mode"
+            f"{redact(text)!r} is a command, whose output cannot be indexed: read it in the "
+            "sequential mode"
         )
     elif re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", text):
         scheme = text.split(":", 1)[0]
         raise ValueError(
-            f"cannot read {scheme}:// ({text!r}): expected a local path or http(s); mount or copy "
-            "it, or read it through a pipe: source in the sequential mode"
+            f"cannot read {scheme}:// ({redact(text)!r}): expected a local path or http(s); mount "
+            "or copy it, or read it through a pipe: source in the sequential mode"
         )
     text = os.path.expanduser(text)
     found: list[str] = []

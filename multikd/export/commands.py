@@ -14,11 +14,12 @@ from multikd.export.card import CardFacts, TeacherFacts, Written
 from multikd.export.cost import measure_cost
 from multikd.export.folder import check_target, new_folder, sha256
 from multikd.export.heads import write_heads
-from multikd.export.provenance import data_facts, recipe, seeds, without_secrets
+from multikd.export.provenance import data_facts, recipe, seeds
 from multikd.export.sources import link_of, start_facts
 from multikd.export.standalone import CONFIG as HEADS
 from multikd.export.timm_folder import TimmOptions, write_card, write_timm
 from multikd.export.trained_heads import trained_heads
+from multikd.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def card_facts(
         start=start_facts(trained.config),
         weights=trained.weights,
         recipe=recipe(trained),
-        config=without_secrets(trained.checkpoint.get(CHECKPOINT_KEY, {}).get("config", "")),
+        config=redact(trained.checkpoint.get(CHECKPOINT_KEY, {}).get("config", "")),
         trained_by=trained.version,
         seeds=seeds(trained.config),
         checkpoint={}

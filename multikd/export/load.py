@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from multikd.export import standalone
 from multikd.export.folder import CONFIG, MANIFEST
 from multikd.export.text import TEMPLATES, TextTower
 from multikd.types import TokenFeatures
+from multikd.untrusted import read_json
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> LoadedStudent:
@@ -35,7 +35,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> LoadedStuden
         )
     try:
         model = standalone.load(place)
-        about = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        about = read_json(place / MANIFEST)
+        if not isinstance(about, dict):
+            raise ValueError(f"{MANIFEST} holds no mapping")
     except FileNotFoundError as error:
         raise ValueError(
             f"{place} lacks {Path(str(error.filename)).name}: export the student again"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
-import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +14,7 @@ from multikd.data.index import read_index
 from multikd.data.remote import is_remote
 from multikd.data.specs import dataset_facts
 from multikd.data.urls import expand_urls
+from multikd.redaction import redact_values
 
 PACKAGES = (
     "multikd",
@@ -65,12 +64,6 @@ def commit(folder: Path | None = None) -> str | None:
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
 
 
-def without_secrets(text: str) -> str:
-    """A text whose addresses carry no user, password or query (a signature, a token)."""
-    text = re.sub(r"(?<=://)[^/@\s'\"]+@", "", text)
-    return re.sub(r"(://[^\s'\"?]+)\?[^\s'\"]+", r"\1", text)
-
-
 def seeds(config: dict[str, Any]) -> dict[str, Any]:
     """Every seed that the run's config names, by its place there."""
     found: dict[str, Any] = {}
@@ -107,7 +100,7 @@ def data_facts(config: dict[str, Any]) -> list[dict[str, Any]]:
         if settings.get("urls"):
             entry |= _measured(settings["urls"])
         facts.append(entry)
-    cleaned: list[dict[str, Any]] = json.loads(without_secrets(json.dumps(facts)))
+    cleaned: list[dict[str, Any]] = redact_values(facts)
     return cleaned
 
 

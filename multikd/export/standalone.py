@@ -24,13 +24,21 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn import functional
 
-CONFIG, WEIGHTS = "heads.json", "heads.safetensors"
+ENCODER, CONFIG, WEIGHTS = "model.safetensors", "heads.json", "heads.safetensors"
+# What timm needs to know of the weights; where to fetch others is not of it.
+_DESCRIBED = (
+    *("architecture", "input_size", "min_input_size", "test_input_size", "fixed_input_size"),
+    *("interpolation", "test_interpolation", "crop_pct", "test_crop_pct", "crop_mode"),
+    *("mean", "std", "num_classes", "pool_size", "first_conv", "classifier", "license"),
+    *("tag", "label_names", "label_descriptions", "notes"),
+)
 
 
 class Features(NamedTuple):
@@ -50,15 +58,108 @@ def load(folder: str | Path | None = None) -> Student:
     place = Path(__file__).parent if folder is None else Path(folder)
     if not (place / "config.json").is_file():
         raise ValueError(f"{place} is no exported student: it has no config.json")
-    encoder = timm.create_model(f"local-dir:{place}", pretrained=True)
-    about = json.loads((place / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-    heads: dict[str, Any] = {"rungs": None, "heads": {}}
+    model = _read_json(place / "config.json")
+    about: dict[str, Any] = {"rungs": None, "heads": {}}
     if (place / CONFIG).is_file():
-        heads = json.loads((place / CONFIG).read_text(encoding="utf-8"))
-    student = Student(encoder, about["mean"], about["std"], heads)
-    if heads["heads"]:
+        about = _read_json(place / CONFIG)
+    made = model["pretrained_cfg"]
+    mean, std = _three(made["mean"]), _three(made["std"])
+    # First without memory: a stranger's files may promise more than they hold.
+    weights = _shapes(_inside(place, ENCODER))
+    _check_arguments(model.get("model_args"), len(weights))
+    with torch.device("meta"):
+        _fit(_encoder(model), weights, ENCODER)
+    encoder = _encoder(model)
+    encoder.load_state_dict(load_file(place / ENCODER))
+    weights = _shapes(_inside(place, WEIGHTS)) if about["heads"] else {}
+    with torch.device("meta"):
+        student = Student(nn.Identity(), mean, std, about)
+        _fit(student.heads, weights, WEIGHTS)
+    student = Student(encoder, mean, std, about)
+    if about["heads"]:
         student.heads.load_state_dict(load_file(place / WEIGHTS))
     return student.eval()
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file() or path.stat().st_size > 1 << 24:
+        raise ValueError(f"{path.name} is no regular file of at most 16 MB")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path.name} nests too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no mapping")
+    return content
+
+
+def _three(values: Any) -> list[float]:
+    if not isinstance(values, list) or len(values) != 3:
+        raise ValueError(f"mean and std are three numbers each, not {str(values)[:40]}")
+    return [float(value) for value in values]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A weight file of this folder; a link out of it is not followed."""
+    path = folder / name
+    if path.is_symlink() and folder.resolve() not in path.resolve().parents:
+        raise ValueError(f"{path} is a link that leads out of its folder")
+    if not path.is_file():
+        raise FileNotFoundError(2, "No such file", str(path))
+    return path
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _fit(model: nn.Module, weights: dict[str, tuple[int, ...]], name: str) -> None:
+    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key in sorted(own.keys() | weights.keys()):
+        if own.get(key) != weights.get(key):
+            raise ValueError(f"{name}: {key} is {weights.get(key)}, the model needs {own.get(key)}")
+    if sum(b.numel() * b.element_size() for b in model.buffers()) > 1 << 30:
+        raise ValueError("the model would compute more than a gigabyte of buffers")
+
+
+def _encoder(about: dict[str, Any]) -> nn.Module:
+    """The timm model that ``config.json`` describes, without weights.
+
+    timm's own ``local-dir:`` would take whatever weight file it finds first.
+    """
+    settings = dict(about.get("model_args") or {})
+    if about.get("num_classes") is not None:
+        settings.setdefault("num_classes", about["num_classes"])
+    name = str(about["architecture"])
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name[:80]!r}")
+    described = {k: v for k, v in about["pretrained_cfg"].items() if k in _DESCRIBED}
+    return timm.create_model(name, pretrained=False, pretrained_cfg=described, **settings)
+
+
+def _check_arguments(arguments: Any, blocks: int) -> None:
+    """Refuse constructor arguments that would build for hours."""
+    if arguments is None:
+        return
+    if not isinstance(arguments, dict) or len(arguments) > 256:
+        raise ValueError("model_args is no mapping of a few settings")
+    for name, value in arguments.items():
+        numbers = _numbers(value)
+        counts = any(part in name.lower() for part in ("depth", "layer", "block"))
+        if any(not n <= 1 << 16 for n in numbers) or (counts and sum(numbers) > blocks):
+            raise ValueError(f"model_args asks for {name}={str(value)[:40]}: there are no weights")
+
+
+def _numbers(value: Any, deep: int = 0) -> list[float]:
+    if isinstance(value, (bool, str)) or value is None:
+        return []
+    if isinstance(value, (int, float)):
+        return [abs(value)]
+    inner = list(value.values()) if isinstance(value, dict) else list(value)
+    if deep > 4 or len(inner) > 256:
+        raise ValueError("model_args nests too deeply")
+    return [number for item in inner for number in _numbers(item, deep + 1)]
 
 
 class Student(nn.Module):

@@ -18,6 +18,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from multikd.data.module import ShardDataModule
+from multikd.data.resuming import LoaderState
 from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder
@@ -27,7 +29,18 @@ from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.labels import Term
 from multikd.modules.ema import StudentAverage
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
+from multikd.modules.resuming import (
+    GRADIENTS_KEY,
+    VALIDATED_KEY,
+    between_batches,
+    gradients_of,
+    put_gradients,
+    rescale_schedule,
+    settle_counters,
+    settle_lengths,
+)
 from multikd.modules.sharding import shard_modules
+from multikd.modules.undo import StepUndo
 from multikd.normalizers import EMAStandardizers, FeatureNormalizer, NormalizerFactory
 from multikd.optim import WarmupCosine, parameter_groups, scale_learning_rate
 from multikd.projectors import MLPProjectors, Projector, ProjectorFactory, TokenwiseProjector
@@ -125,6 +138,12 @@ class DistillationModule(pl.LightningModule):
         seed = torch.initial_seed() & (2**63 - 1)
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self._run_seed = seed
+        self._validated_at = -1
+        self._resumed: LoaderState | None = None
+        self._gradients: dict[str, Tensor] = {}
+        # Set by a guard that may skip an optimiser step: what to put back then, and that it does.
+        self.undo: StepUndo | None = None
+        self.skip_step = False
         # Teachers are the same on every rank already: DDP neither broadcasts nor reduces them.
         self._ddp_params_and_buffers_to_ignore = [
             f"teachers.{name}"
@@ -214,8 +233,11 @@ class DistillationModule(pl.LightningModule):
             )
             norms[f"target/{name}"] = mean_norm(raw.summary, raw.patches)
         losses = torch.stack(rows)
+        # Places that only make the batches of all ranks equal (after a change of their number).
+        real = batch.positions >= 0
         if training:
             keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
+            keep = torch.where(real, keep, 0.0)
             lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
             total, _ = weigh(losses, keep, lambdas, self.dropper.normalize)
             total = total + regulariser
@@ -230,6 +252,8 @@ class DistillationModule(pl.LightningModule):
         for name, term in self.terms.items():
             values = term(output, batch)
             terms[name] = values.detach()
+            if training:
+                values = torch.where(real, values, 0.0)
             total = total + term.weight * values.mean()
         record = StepRecord(
             names=tuple(names),
@@ -271,8 +295,38 @@ class DistillationModule(pl.LightningModule):
         return torch.stack(losses).mean()
 
     def on_train_start(self) -> None:
-        """Read the seed from its device, once, after a checkpoint was restored."""
+        """After a checkpoint was restored: read the seed from its device, once; go on inside an
+        epoch."""
         self._run_seed = int(self.seed)
+        self.skip_step = False
+        state, self._resumed = self._resumed, None
+        data = getattr(self.trainer, "datamodule", None)
+        if state is None or not isinstance(data, ShardDataModule):
+            return
+        if state.inside:
+            for loader in self.trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
+                if not getattr(loader, "fixed_epoch", False):
+                    loader.set_epoch(self.current_epoch)
+            settle_lengths(self.trainer)
+            settle_counters(self.trainer)
+        else:
+            # Of runs that are limited by steps, Lightning takes every start for one in an epoch.
+            self.trainer.fit_loop.epoch_loop.restarting = False
+        put_gradients(self, self._gradients)
+        self._gradients = {}
+        rescale_schedule(self.trainer, state, linear=self.lr_batch is not None)
+        batches = self.trainer.world_size * data.batch_size / (state.world * state.batch_size)
+        for name in self.teacher_names:
+            self.normalizer(name).rescale_updates(1.0 / batches)
+
+    def on_train_epoch_start(self) -> None:
+        """An epoch after one that went on in another layout has its own length again."""
+        settle_lengths(self.trainer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the validation due after this batch has run."""
+        if not self.trainer.sanity_checking:
+            self._validated_at = self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Tell the balancer that an epoch is over, and seed dropout and drop path.
@@ -282,6 +336,8 @@ class DistillationModule(pl.LightningModule):
         """
         if batch_idx == 0:
             self.balancer.end_epoch()
+        if self.undo is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.undo.remember(self)
         stream = _RANDOM_STREAM + self.global_rank
         draw = hash_unit(self._run_seed, self.current_epoch, batch_idx, stream)
         torch.manual_seed(int(draw * 2**24))
@@ -352,8 +408,24 @@ class DistillationModule(pl.LightningModule):
             parts.append(self.average.student)
         shard_modules(parts, self.device_mesh)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
+        data = getattr(self._trainer, "datamodule", None)
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if not isinstance(data, ShardDataModule) or loops is None:
+            return
+        state = LoaderState.from_state_dict(checkpoint.get(type(data).__qualname__, {}))
+        self._resumed = state
+        if state is not None and state.inside:
+            self._gradients = checkpoint.get(GRADIENTS_KEY, {})
+            between_batches(loops, data.batches_before(state), bool(checkpoint.get(VALIDATED_KEY)))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note who taught, under which licence: an export must say so. Their weights stay out."""
+        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        checkpoint[VALIDATED_KEY] = self._validated_at == done
+        if done >= 0 and self.device_mesh is None and self.trainer.fit_loop._should_accumulate():
+            checkpoint[GRADIENTS_KEY] = gradients_of(self)
         checkpoint["teachers"] = {
             name: {
                 "encoder": self.teacher(name).spec.name,
@@ -394,7 +466,7 @@ class DistillationModule(pl.LightningModule):
         }
 
     def _move_average(self, *_: Any) -> None:
-        if self.average is not None:
+        if self.average is not None and not self.skip_step:
             self.average.update(self.student)
 
     def _global_batch(self) -> int:

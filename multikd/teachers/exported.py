@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from multikd.backbones import build_model, is_skeleton
+import timm
+import torch
+from safetensors import safe_open
+
+from multikd.backbones import build_model, check_model_args, is_skeleton
 from multikd.teachers.encoder import BackboneEncoder
+from multikd.untrusted import inside, read_json
+
+WEIGHTS = "model.safetensors"
 
 
 class ExportedEncoder(BackboneEncoder):
@@ -36,9 +43,18 @@ class ExportedEncoder(BackboneEncoder):
                 f"{directory!r} is no model folder (it has no config.json): give a folder that "
                 "`multikd export` or timm wrote"
             )
-        model = build_model(
-            f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
-        )
+        _check_folder(folder)
+        try:
+            model = build_model(
+                f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # timm has errors of its own for what it can't read
+            raise ValueError(
+                f"{folder} can't be built ({' '.join(str(error).split())[:160]}): its config.json "
+                "is damaged; copy it again"
+            ) from error
         super().__init__(
             model,
             name=f"exported:{directory}",
@@ -47,4 +63,47 @@ class ExportedEncoder(BackboneEncoder):
             std=std,
             licence=licence,
             source=str(folder),
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that would have us build for hours, or read what lies elsewhere.
+
+    Raises:
+        ValueError: its config is damaged, or asks for more than its weights hold.
+    """
+    config = read_json(folder / "config.json", 1 << 24)
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError(f"{folder}/config.json describes no model: it names no architecture")
+    weights = inside(folder, WEIGHTS)
+    if not weights.is_file():
+        if is_skeleton():
+            return
+        raise ValueError(
+            f"{folder} has no {WEIGHTS}: save its weights as safetensors, which hold no code"
+        )
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = len(file.keys())
+    except Exception as error:  # safetensors has errors of its own
+        raise ValueError(
+            f"{weights} is damaged ({' '.join(str(error).split())[:120]}): copy it again"
+        ) from error
+    try:
+        check_model_args(config.get("model_args"), tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        needs = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{folder} can't be built ({' '.join(str(error).split())[:160]}): its config.json is "
+            "damaged; copy it again"
+        ) from error
+    if needs > 2 * weights.stat().st_size + (1 << 24):  # buffers may be computed, within reason
+        raise ValueError(
+            f"{folder}/config.json describes a model of {needs} numbers, and its weights have "
+            f"{weights.stat().st_size} bytes: copy it again"
         )

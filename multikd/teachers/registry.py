@@ -6,6 +6,7 @@ import fnmatch
 import importlib
 import importlib.util
 import inspect
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -92,6 +93,7 @@ def _user_encoder(path: str, checkpoint: str | None, image_size: int | None) -> 
         raise ValueError(f"no encoder is called {path!r} ({error}): write {_FORMS}") from error
     if not callable(factory):
         raise ValueError(f"{path!r} is a {type(factory).__name__}, not a class or function")
+    _refuse_other_calls(path, factory)
     given = {"checkpoint": checkpoint, "image_size": image_size}
     arguments = {key: value for key, value in given.items() if value is not None}
     takes = inspect.signature(cast(Callable[..., Any], factory)).parameters
@@ -105,6 +107,30 @@ def _user_encoder(path: str, checkpoint: str | None, image_size: int | None) -> 
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"{path!r} gave a {type(encoder).__name__}, not an encoder module")
     return cast(Encoder, encoder)
+
+
+def _refuse_other_calls(path: str, factory: Any) -> None:
+    """Refuse what makes no module *before* it is called: a config must not call ``os.abort``.
+
+    Raises:
+        ValueError: a class that is no module, or a function that does not say it gives one.
+    """
+    made = factory
+    if not isinstance(factory, type):
+        try:
+            hints = typing.get_type_hints(factory)
+        except (NameError, TypeError, AttributeError):  # a name that only a type checker knows
+            hints = getattr(factory, "__annotations__", {})
+        made = hints.get("return")
+    if made is Encoder or (isinstance(made, type) and issubclass(made, nn.Module)):
+        return
+    if isinstance(factory, type):
+        raise ValueError(f"{path!r} is no encoder module: give a subclass of torch.nn.Module")
+    said = "nothing of what it gives" if made is None else getattr(made, "__name__", str(made))
+    raise ValueError(
+        f"{path!r} gives no encoder module (its signature says {said}), so it is not called: "
+        "write `-> nn.Module` behind it, or give a class"
+    )
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,14 @@ def test_faults_are_counted_and_written_down(folder: Path, tmp_path: Path) -> No
     assert (counting.samples, counting.faults) == (80, 6)
     assert counting.causes == {"undecodable": 6}
     assert memory.values("epoch/faults") == [3.0, 6.0]
-    written = lines(tmp_path / "faults.0.jsonl")
+    written = lines(tmp_path / "faults.jsonl")
     assert sorted(row["key"] for row in written) == sorted(f"s-{n}" for n in BROKEN * 2)
     assert {row["cause"] for row in written} == {"undecodable"}
     assert {Path(row["shard"]).name for row in written} == {"s-000.tar", "s-001.tar"}
     assert all(row["detail"] for row in written)
+    assert {(row["set"], row["rank"]) for row in written} == {("train", 0)}
+    assert [row["epoch"] for row in written] == [0, 0, 0, 1, 1, 1]
+    assert sum(counting.shards.values()) == 6
 
     again = DataFaults()
     again.load_state_dict(json.loads(json.dumps(counting.state_dict())))
@@ -119,5 +122,6 @@ def test_on_two_ranks_both_stop_at_the_same_step(folder: Path, tmp_path: Path) -
     assert "samples could not be read" in first["text"]
     assert first["steps"] == second["steps"] >= 3
     assert (first["faults"], second["faults"] > 0) == (0, True)
-    assert not (tmp_path / "faults.0.jsonl").exists()
-    assert len(lines(tmp_path / "faults.1.jsonl")) == second["faults"]
+    written = lines(tmp_path / "faults.jsonl")
+    assert len(written) == second["faults"]
+    assert {row["rank"] for row in written} == {1}

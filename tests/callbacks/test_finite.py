@@ -58,7 +58,12 @@ def test_it_names_teacher_and_image_and_keeps_the_last_good_checkpoint(tmp_path:
     saver = ModelCheckpoint(out, "{epoch}", save_top_k=-1, save_last=True)
     module = small.module()
     runner = small.trainer(
-        tmp_path, breaks, FiniteLossGuard(), saver, max_epochs=4, enable_checkpointing=True
+        tmp_path,
+        breaks,
+        FiniteLossGuard(max_in_a_row=1),
+        saver,
+        max_epochs=4,
+        enable_checkpointing=True,
     )
     data = small.Data([small.batch(seed=s) for s in range(3)])
     with pytest.raises(NonFiniteLossError) as stopped:
@@ -83,7 +88,7 @@ def test_a_term_is_named(tmp_path: Path) -> None:
 
     module = small.module({"num_classes": 10}, terms={"labels": Broken()})
     with pytest.raises(NonFiniteLossError, match="term 'labels' at step 0, images image-0-1"):
-        small.trainer(tmp_path, FiniteLossGuard()).fit(
+        small.trainer(tmp_path, FiniteLossGuard(max_in_a_row=1)).fit(
             module, datamodule=small.Data([small.batch()])
         )
 
@@ -139,7 +144,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_on_an_accelerator_it_looks_every_n_steps_and_names_the_first(checked: list[int]) -> None:
-    steps = Steps(FiniteLossGuard(every_n_steps=3))
+    steps = Steps(FiniteLossGuard(every_n_steps=3, max_in_a_row=1))
     for _ in range(5):
         steps.take(False)
     assert checked == [3]
@@ -156,7 +161,7 @@ def test_on_an_accelerator_it_looks_every_n_steps_and_names_the_first(checked: l
 
 
 def test_an_infinite_sum_of_finite_losses(checked: list[int]) -> None:
-    guard = FiniteLossGuard()
+    guard = FiniteLossGuard(max_in_a_row=1)
     guard._pending = [(4, record(False, total=float("inf")))]
     with pytest.raises(NonFiniteLossError, match="the weighted sum at step 4 .each teacher's loss"):
         guard.check(torch.device("cpu"))
@@ -175,7 +180,9 @@ def one_rank_breaks(folder: Path) -> dict[str, Any]:
     data = small.Data([small.batch(seed=10 * rank + s) for s in range(3)])
     out = folder / "checkpoints"
     saver = ModelCheckpoint(out, save_last=True, every_n_train_steps=1)
-    runner = small.ddp_trainer(folder, FiniteLossGuard(), saver, enable_checkpointing=True)
+    runner = small.ddp_trainer(
+        folder, FiniteLossGuard(max_in_a_row=1), saver, enable_checkpointing=True
+    )
     try:
         runner.fit(module, datamodule=data)
     except NonFiniteLossError as error:

@@ -18,6 +18,7 @@ class Server(http.server.ThreadingHTTPServer):
     ranges: bool = True
     etag: str = '"1"'
     authorization: str = ""  # of the last request
+    manifests: int = 0  # requests for a dataset.json, which are not among ``requests``
 
     @property
     def base(self) -> str:
@@ -36,7 +37,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         header = self.headers.get("Range", "")
-        self.server.requests.append((path, header))
+        if path.endswith("/dataset.json"):  # looked for once by every process
+            self.server.manifests += 1
+        else:
+            self.server.requests.append((path, header))
         self.server.authorization = self.headers.get("Authorization", "")
         todo = self.server.failures.get(path) or [200]
         act = todo.pop(0)

@@ -39,6 +39,10 @@ def gives_a_number() -> int:
     return 3
 
 
+def gives_a_module() -> nn.Module:
+    return UserEncoder()
+
+
 HERE = __name__
 
 
@@ -56,7 +60,9 @@ class TestUsersClasses:
             ("no_such_package.Encoder", "No module named 'no_such_package'"),
             ("vit_base_patch16_224", "write timm:"),
             (f"{HERE}.HERE", "not a class or function"),
-            (f"{HERE}.gives_a_number", "gave a int"),
+            (f"{HERE}.gives_a_number", r"gives no encoder module \(its signature says int\)"),
+            ("os.abort", "so it is not called"),
+            ("subprocess.Popen", "is no encoder module"),
             (f"{HERE}.needs_an_argument", "can't be called"),
             ("timm:", "names no model"),
             ("", "no encoder is called ''"),
@@ -68,7 +74,7 @@ class TestUsersClasses:
 
     def test_a_factory_without_checkpoint(self) -> None:
         with pytest.raises(ValueError, match="takes no checkpoint"):
-            load_encoder(f"{HERE}.gives_a_number", checkpoint="w.pth")
+            load_encoder(f"{HERE}.gives_a_module", checkpoint="w.pth")
 
 
 class TestTimm:

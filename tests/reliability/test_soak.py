@@ -1,0 +1,31 @@
+"""The kill soak in small: SIGKILL, resume, compare (at length: tools/soak/kill_resume.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.slow
+def test_kills_of_one_process_and_of_two_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "soak" / "kill_resume.py")]
+    command += ["--kills=1", "--kills-ranks=1", "--seed=1", f"--json={tmp_path / 'soak.json'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))
+    assert [row["variant"] for row in rows] == ["1 process, 0 workers", "2 processes, 0 workers"]
+    for row in rows:
+        assert row["kills"] == 1
+        assert row["rows"] >= 30
+        assert row["differences"] == []
+    assert "| 1 process, 0 workers | 1 | 1 |" in done.stdout
