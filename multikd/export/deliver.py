@@ -113,11 +113,17 @@ def _write(
             spec=trained.student.spec,
             limits=limits,
         )
-    from multikd.export.weight_only import quantize_weights
+    from multikd.export.weight_only import quantize_weights, write_reader
 
+    write_reader(path.parent)
     bits = 4 if chosen.name.endswith("4") else 8
     return quantize_weights(
-        trained.student, path, bits=8 if bits == 8 else 4, data=data, limits=limits
+        trained.student,
+        path,
+        bits=8 if bits == 8 else 4,
+        data=data,
+        options=settings.timm,
+        limits=limits,
     )
 
 

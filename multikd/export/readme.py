@@ -132,8 +132,12 @@ def _format_code(spec: EncoderSpec, report: Mapping[str, Any]) -> str:
         )
     if name.endswith(".safetensors"):
         return (
-            "from multikd.export.weight_only import load_weight_only\n\n"
-            f'model = load_weight_only("PATH/{name}")  # takes what the timm model takes'
+            "import sys\n\nimport timm\nfrom PIL import Image\n\n"
+            'sys.path.insert(0, "PATH")\nimport student_quantized  # torch, timm and torchao\n\n'
+            f'model = student_quantized.load("PATH/{name}")  # dequantize=True: without torchao\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+            'image = Image.open("image.jpg").convert("RGB")\n'
+            "features = model(transform(image)[None])"
         )
     if name.endswith((".pt2", ".torchscript.pt")):
         load = (
