@@ -41,8 +41,10 @@ class Features(NamedTuple):
     grid: tuple[int, int] | None
 
 
-def load(folder: str | Path | None = None) -> Student:
+def load(folder: str | Path | None = None, encoder: nn.Module | None = None) -> Student:
     """The student of an exported folder (default: the one that holds this file), in eval mode.
+
+    ``encoder`` is its timm model where timm alone can't build it (a pruned one); None: timm does.
 
     Raises:
         ValueError: not such a folder.
@@ -50,7 +52,8 @@ def load(folder: str | Path | None = None) -> Student:
     place = Path(__file__).parent if folder is None else Path(folder)
     if not (place / "config.json").is_file():
         raise ValueError(f"{place} is no exported student: it has no config.json")
-    encoder = timm.create_model(f"local-dir:{place}", pretrained=True)
+    if encoder is None:
+        encoder = timm.create_model(f"local-dir:{place}", pretrained=True)
     about = json.loads((place / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
     heads: dict[str, Any] = {"rungs": None, "heads": {}}
     if (place / CONFIG).is_file():

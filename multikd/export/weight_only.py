@@ -22,6 +22,7 @@ from multikd.export import standalone_quantized
 from multikd.export.calibration import CalibrationSet
 from multikd.export.card import CardFacts
 from multikd.export.graphs import quiet
+from multikd.export.prune import PrunedStudent
 from multikd.export.quality import QualityLimits, compare_features, features_of, halves, judge
 from multikd.export.report import FormatReport
 from multikd.export.staging import first_line, size_in_bytes, staged
@@ -77,6 +78,8 @@ def quantize_weights(
         OSError: it can't be written.
     """
     require_torchao("weight-only quantisation")
+    if isinstance(student, PrunedStudent):
+        raise ValueError("weight-only files hold no pruned student: use onnx-int8-static")
     if bits not in (8, 4):
         raise ValueError(f"bits must be 8 or 4, received {bits}")
     chosen = TimmOptions() if options is None else options

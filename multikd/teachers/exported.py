@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from multikd.backbones import build_model, is_skeleton
+from multikd.backbones.shrink import load as load_pruned
 from multikd.teachers.encoder import BackboneEncoder
 
 
@@ -36,9 +38,12 @@ class ExportedEncoder(BackboneEncoder):
                 f"{directory!r} is no model folder (it has no config.json): give a folder that "
                 "`multikd export` or timm wrote"
             )
-        model = build_model(
-            f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
-        )
+        if _is_pruned(folder):
+            model = load_pruned(folder)
+        else:
+            model = build_model(
+                f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
+            )
         super().__init__(
             model,
             name=f"exported:{directory}",
@@ -48,3 +53,12 @@ class ExportedEncoder(BackboneEncoder):
             licence=licence,
             source=str(folder),
         )
+
+
+def _is_pruned(folder: Path) -> bool:
+    """Whether single layers are narrower than timm would build them."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and bool(content.get("pruned"))
