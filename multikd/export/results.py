@@ -85,7 +85,7 @@ def card_results(content: Mapping[str, Any], student: StudentEncoder, path: Path
     own = _own_columns(content, student, path)
     try:
         return _tables(content, own)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(
             f"the results {path} are damaged ({type(error).__name__}: {error}): measure again with "
             "`multikd evaluate`"
