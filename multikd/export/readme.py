@@ -127,6 +127,8 @@ def _use(spec: EncoderSpec, written: Written) -> list[str]:
 
 def _format_code(spec: EncoderSpec, report: Mapping[str, Any]) -> str:
     name = str(report["path"])
+    if report["format"] == "timm":
+        return ""
     height, width = spec.image_size
     uint8 = bool(report.get("settings", {}).get("preprocessing"))
     pixels = (

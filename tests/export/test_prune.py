@@ -113,7 +113,7 @@ def test_the_command_and_its_round_trip(run, tmp_path, capsys, monkeypatch) -> N
     assert about["start"]["name"] == str(first)
     parameters = sum(p.numel() for p in load_pruned(first).parameters())
     assert about["parameters"] == parameters
-    assert {report["format"] for report in about["formats"]} == {"onnx"}
+    assert {report["format"] for report in about["formats"]} == {"timm", "onnx"}
     card = (first / "README.md").read_text()
     assert "student_pruned.load()" in card
     assert "not trained since then" in card
