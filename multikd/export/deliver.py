@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from multikd.checkpoints import TrainedStudent
+from multikd.data.remote import is_remote
 from multikd.errors import unknown_name
 from multikd.export.calibration import CalibrationSet, calibration_set
 from multikd.export.deployed import DeployedEncoder
@@ -166,7 +167,9 @@ def _images(
     if settings.data is not None:
         return calibration_set(settings.data, size, limit=count)
     train = trained.config.get("data", {}).get("init_args", {}).get("train")
-    if isinstance(train, (str, list)):
+    given = [train] if isinstance(train, str) else train if isinstance(train, list) else []
+    # Remote shards are worth fetching to calibrate on, and not to look at eight images.
+    if given and (needed or not any(is_remote(str(url)) for url in given)):
         try:
             return calibration_set(train, size, limit=count)
         except (ValueError, OSError) as error:
