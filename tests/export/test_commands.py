@@ -259,7 +259,8 @@ def test_interrupted_it_leaves_nothing(run, tmp_path):
     """Ctrl-C while the files are being written: no folder, no temporary one, exit code 130."""
     out = tmp_path / "out"
     script = (
-        "import sys, time\n"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
         "from multikd.cli import main\n"
         "import multikd.export.commands as commands\n"
         "write = commands.write_timm\n"
@@ -278,7 +279,10 @@ def test_interrupted_it_leaves_nothing(run, tmp_path):
     assert child.stdout.readline() == "written\n"
     assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]
     child.send_signal(signal.SIGINT)
-    _, error = child.communicate(timeout=60)
+    try:
+        _, error = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert error.strip().splitlines()[-1].startswith("multikd: interrupted")
     assert list(tmp_path.iterdir()) == []
