@@ -415,6 +415,12 @@ def _add_export(commands: Any) -> None:
         "--images", type=int, default=512, help="how many images to calibrate on (default: 512)"
     )
     parser.add_argument(
+        "--prune",
+        type=float,
+        metavar="SHARE",
+        help="cut this share of the channels inside first; distil it further afterwards",
+    )
+    parser.add_argument(
         "--max-cosine-loss",
         type=float,
         metavar="X",
@@ -430,7 +436,7 @@ def _add_export(commands: Any) -> None:
         "--results",
         type=Path,
         metavar="FILE",
-        help="JSON with 'scores', 'retention' and 'groups' for the model card",
+        help="results.json of `multikd evaluate` on this checkpoint, for the model card",
     )
     parser.add_argument(
         "--licence", help="of the weights (default: the most restrictive of what went in)"
@@ -574,6 +580,7 @@ def _export(arguments: argparse.Namespace) -> int:
         opset=arguments.opset,
         data=arguments.data,
         images=arguments.images,
+        prune=arguments.prune,
         max_cosine_loss=arguments.max_cosine_loss,
         max_agreement_loss=arguments.max_agreement_loss,
         results=arguments.results,

@@ -65,7 +65,10 @@ class CardFacts:
         seeds: by their place in the config.
         checkpoint: file name and sha256 of the checkpoint.
         retention: rows of the retention matrix: column → value.
+        costs: rows of what student and teachers cost: column → value.
+        gaps: rows of worst group and gap: column → value.
         groups: rows of scores by group: column → value.
+        measured_by: what measured these.
         class_names: of the classifier.
     """
 
@@ -85,7 +88,10 @@ class CardFacts:
     seeds: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Mapping[str, str] = field(default_factory=dict)
     retention: Sequence[Mapping[str, Any]] = ()
+    costs: Sequence[Mapping[str, Any]] = ()
+    gaps: Sequence[Mapping[str, Any]] = ()
     groups: Sequence[Mapping[str, Any]] = ()
+    measured_by: str = ""
     class_names: tuple[str, ...] = ()
 
     @property
@@ -119,6 +125,7 @@ class Written:
         heads: name → what ``heads.json`` says of it.
         head_errors: name → relative difference from the unfolded ladder.
         formats: what each other format's report says.
+        pruned: whether single layers are narrower than timm would build them.
     """
 
     architecture: str
@@ -129,6 +136,7 @@ class Written:
     heads: Mapping[str, Any] = field(default_factory=dict)
     head_errors: Mapping[str, float] = field(default_factory=dict)
     formats: Sequence[Mapping[str, Any]] = ()
+    pruned: bool = False
 
 
 def manifest(
@@ -147,6 +155,7 @@ def manifest(
         "widths": {"summary": spec.widths.summary, "patches": spec.widths.patches},
         "num_classes": written.num_classes,
         "output": written.output,
+        "pruned": written.pruned,
         "files": {name: dict(entry) for name, entry in hashes.items()},
         "licence": facts.binding_licence,
         "teachers": [asdict(teacher) for teacher in facts.teachers],
@@ -160,7 +169,10 @@ def manifest(
         "checkpoint": dict(facts.checkpoint),
         "scores": dict(facts.scores),
         "retention": [dict(row) for row in facts.retention],
+        "costs": [dict(row) for row in facts.costs],
+        "gaps": [dict(row) for row in facts.gaps],
         "groups": [dict(row) for row in facts.groups],
+        "measured_by": facts.measured_by,
         "cost": None if written.cost is None else asdict(written.cost),
         "heads": {
             name: {"teacher": about["teacher"], "max_relative_error": written.head_errors[name]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from multikd.export.cost import measure_cost
 from multikd.export.folder import check_target, new_folder, sha256
 from multikd.export.heads import write_heads
 from multikd.export.provenance import data_facts, recipe, seeds
+from multikd.export.prune import PrunedStudent, prune_student
+from multikd.export.results import CardResults, card_results, read_results
 from multikd.export.sources import link_of, start_facts
 from multikd.export.standalone import CONFIG as HEADS
 from multikd.export.timm_folder import TimmOptions, write_card, write_timm
@@ -39,10 +41,11 @@ class ExportSettings:
         data: shards of real images for parity, calibration and scores; None takes the run's
             training shards where they are at hand.
         images: how many of them.
+        prune: share of the channels inside to cut first; None prunes nothing.
         max_cosine_loss: a quantised file further from float than this is refused; None takes the
             default.
         max_agreement_loss: the same for the share of changed k-NN answers.
-        results: JSON file with ``scores``, ``retention`` and ``groups`` for the card.
+        results: the ``results.json`` of ``multikd evaluate``, for the card.
         licence: of the weights, in place of the most restrictive one found.
         data_licence: of the training data.
         cost: measure latency and multiply-adds.
@@ -58,6 +61,7 @@ class ExportSettings:
     opset: int = 18
     data: str | None = None
     images: int = 512
+    prune: float | None = None
     max_cosine_loss: float | None = None
     max_agreement_loss: float | None = None
     results: Path | None = None
@@ -84,19 +88,32 @@ def run_export(
     asked = settings or ExportSettings()
     out = Path(out)
     check_target(out, asked.overwrite)
+    if asked.prune is not None and asked.results is not None:
+        raise ValueError("results are not of the pruned student: leave out --results, or --prune")
     if asked.heads and asked.timm.output == "tokens":
         raise ValueError("heads need the pooled student: leave out --heads or --output tokens")
     formats = check_formats(asked.formats, asked.quantize)
     results = read_results(asked.results)
     trained = load_student(checkpoint, asked.weights)
+    measured = trained.student
+    pruning = None
+    if asked.prune is not None:
+        student, pruning = prune_student(trained.student, asked.prune)
+        trained = replace(trained, student=student)
+    if asked.heads and isinstance(trained.student, PrunedStudent):
+        raise ValueError("a pruned student leaves without heads: leave out --heads")
     heads = trained_heads(trained, asked.heads) if asked.heads else []
     facts = card_facts(
         trained,
         checkpoint=checkpoint,
         licence=asked.licence,
         data_licence=asked.data_licence,
-        results=results,
+        results=None if asked.results is None else card_results(results, measured, asked.results),
     )
+    if pruning is not None:
+        facts = replace(
+            facts, notes=f"{facts.notes}; then {pruning.text()}, and not trained since then"
+        )
     with new_folder(out, asked.overwrite) as folder:
         written = write_timm(folder, trained.student, facts, asked.timm)
         if heads:
@@ -107,39 +124,16 @@ def run_export(
         if asked.cost:
             written.cost = measure_cost(trained.student)
         write_card(folder, trained.student.spec, facts, written)
-    return _text(out, trained, facts, written), _figures(out, trained, facts, written)
+    text, figures = _text(out, trained, facts, written), _figures(out, trained, facts, written)
+    if pruning is not None:
+        text += f"\n  {pruning.text()}; distil it further before use:\n    {_go_on(out)}"
+        figures["pruning"] = pruning.as_dict()
+    return text, figures
 
 
 def split_names(text: str) -> tuple[str, ...]:
     """``a,b`` → its names, each once, in their order."""
     return tuple(dict.fromkeys(name for name in (n.strip() for n in text.split(",")) if name))
-
-
-def read_results(path: Path | None) -> dict[str, Any]:
-    """``scores`` (name → 0–1), ``retention`` and ``groups`` (lists of rows) of a results file.
-
-    Raises:
-        ValueError: no such file, or none of these in it.
-    """
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the results {path} can't be read ({error})") from error
-    known = ("scores", "retention", "groups")
-    found = {k: content[k] for k in known if k in content} if isinstance(content, dict) else {}
-    right = isinstance(found.get("scores", {}), dict) and all(
-        isinstance(found.get(key, []), list) and all(isinstance(row, dict) for row in found[key])
-        for key in ("retention", "groups")
-        if key in found
-    )
-    if not found or not right:
-        raise ValueError(
-            f"{path} holds no results for a card: expected a JSON object with 'scores' (name → "
-            "value), 'retention' or 'groups' (lists of rows)"
-        )
-    return found
 
 
 def card_facts(
@@ -148,7 +142,7 @@ def card_facts(
     checkpoint: Path | None = None,
     licence: str | None = None,
     data_licence: str = "",
-    results: dict[str, Any] | None = None,
+    results: CardResults | None = None,
 ) -> CardFacts:
     """What the card says of a student out of a checkpoint.
 
@@ -157,9 +151,9 @@ def card_facts(
         checkpoint: its file, to be hashed.
         licence: of the weights, in place of the most restrictive one found.
         data_licence: of the training data; empty takes what ``dataset.json`` says.
-        results: what ``read_results`` gave.
+        results: what was measured of it.
     """
-    results = results or {}
+    results = results or CardResults()
     teachers = tuple(
         TeacherFacts(
             name=facts["encoder"],
@@ -179,9 +173,12 @@ def card_facts(
         data_licence = most_restrictive(stated)
     return CardFacts(
         teachers=teachers,
-        scores=results.get("scores", {}),
-        retention=results.get("retention", ()),
-        groups=results.get("groups", ()),
+        scores=results.scores,
+        retention=results.retention,
+        costs=results.costs,
+        gaps=results.gaps,
+        groups=results.groups,
+        measured_by=results.source,
         licence=licence,
         data=", ".join(str(d.get("source") or d.get("urls")) for d in data_sets),
         data_licence=data_licence,
@@ -214,7 +211,9 @@ def _text(out: Path, trained: TrainedStudent, facts: CardFacts, written: Written
     lines = [
         f"wrote {out} ({trained.weights} weights after {trained.epoch} epochs)",
         f"  licence   {facts.binding_licence} (of {', '.join(owners) or 'your choice'})",
-        f"  timm      timm.create_model('local-dir:{out}', pretrained=True{classes})",
+        f"  pruned    sys.path.insert(0, '{out}'); student_pruned.load()"
+        if written.pruned
+        else f"  timm      timm.create_model('local-dir:{out}', pretrained=True{classes})",
     ]
     for name, error in written.head_errors.items():
         lines.append(f"  head      {name}, {error:.1e} from the unfolded ladder")
@@ -226,6 +225,14 @@ def _text(out: Path, trained: TrainedStudent, facts: CardFacts, written: Written
             f"{written.cost.milliseconds:.2f} ms an image (p50, batch 1, one thread)"
         )
     return "\n".join(lines)
+
+
+def _go_on(out: Path) -> str:
+    """The command of a further distillation."""
+    return (
+        "multikd fit --config CONFIG_OF_THE_RUN --trainer.default_root_dir=NEW_FOLDER "
+        f"--model.student=multikd.export.prune.PrunedStudent --model.student.pruning={out}"
+    )
 
 
 def _figures(

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from multikd.checkpoints import TrainedStudent
+from multikd.data.remote import is_remote
 from multikd.errors import unknown_name
 from multikd.export.calibration import CalibrationSet, calibration_set
 from multikd.export.deployed import DeployedEncoder
 from multikd.export.formats import FORMATS, Format, find_format
 from multikd.export.onnx import export_onnx
+from multikd.export.parity import at_shape, measure_parity, parity_shapes, synthetic_images
+from multikd.export.prune import PrunedStudent
 from multikd.export.quality import QualityLimits
 from multikd.export.report import FormatReport
-from multikd.export.timm_folder import prepared_model
+from multikd.export.timm_folder import WEIGHTS, prepared_model, read_model
 from multikd.export.torch_export import export_pt2, export_torchscript
+from multikd.students import StudentEncoder
 
 if TYPE_CHECKING:
     from multikd.export.commands import ExportSettings
@@ -57,13 +61,13 @@ def write_formats(
 ) -> list[dict[str, Any]]:
     """Write each format as ``model`` + its suffix; returns their reports, paths as file names.
 
+    The first report is of the timm folder, which must be there already.
+
     Raises:
         ValueError: what a format says of a student that it can't express, of parity or of quality;
             or quantisation without images.
         MissingExtraError: its packages are not installed.
     """
-    if not formats:
-        return []
     student = trained.student
     data = _images(trained, settings, any(_is_quantized(f) for f in formats))
     images = None if data is None else data.images[:_PARITY_IMAGES]
@@ -74,14 +78,37 @@ def write_formats(
         limits = replace(limits, cosine_loss=settings.max_cosine_loss)
     if settings.max_agreement_loss is not None:
         limits = replace(limits, agreement_loss=settings.max_agreement_loss)
-    reports = []
+    reports = [_report(_timm_parity(folder, source, student, images), folder / WEIGHTS)]
     for chosen in formats:
         logger.info("writing %s", chosen.name)
         path = folder / f"model{chosen.suffix}"
         report = _write(chosen, path, source, trained, settings, images, data, limits)
-        text = report.text().replace(str(path), path.name)
-        reports.append(report.as_dict() | {"path": path.name, "text": text})
+        reports.append(_report(report, path))
     return reports
+
+
+def _report(report: FormatReport, path: Path) -> dict[str, Any]:
+    text = report.text().replace(str(path), path.name)
+    return report.as_dict() | {"path": path.name, "text": text}
+
+
+def _timm_parity(
+    folder: Path, source: DeployedEncoder, student: StudentEncoder, images: torch.Tensor | None
+) -> FormatReport:
+    """The folder as its user loads it beside the student: no difference is allowed."""
+    original = DeployedEncoder(source.model, source.spec)
+    loaded = read_model(folder, isinstance(student, PrunedStudent))
+    own, *_, other = parity_shapes(original, dynamic_size=True)
+    try:
+        with torch.inference_mode():
+            original(original.inputs(at_shape(synthetic_images(other[1:]), other)))
+        free = True
+    except Exception as error:  # a model of one size says so in its own way
+        logger.debug("%s takes images of %s alone: %s", source.spec.name, own[1:], error)
+        free = False
+    parity = measure_parity(original, loaded, parity_shapes(original, free), images, 0.0)
+    path = folder / WEIGHTS
+    return FormatReport(path, "timm", path.stat().st_size, parity)
 
 
 def _write(
@@ -113,11 +140,17 @@ def _write(
             spec=trained.student.spec,
             limits=limits,
         )
-    from multikd.export.weight_only import quantize_weights
+    from multikd.export.weight_only import quantize_weights, write_reader
 
+    write_reader(path.parent)
     bits = 4 if chosen.name.endswith("4") else 8
     return quantize_weights(
-        trained.student, path, bits=8 if bits == 8 else 4, data=data, limits=limits
+        trained.student,
+        path,
+        bits=8 if bits == 8 else 4,
+        data=data,
+        options=settings.timm,
+        limits=limits,
     )
 
 
@@ -134,7 +167,9 @@ def _images(
     if settings.data is not None:
         return calibration_set(settings.data, size, limit=count)
     train = trained.config.get("data", {}).get("init_args", {}).get("train")
-    if isinstance(train, (str, list)):
+    given = [train] if isinstance(train, str) else train if isinstance(train, list) else []
+    # Remote shards are worth fetching to calibrate on, and not to look at eight images.
+    if given and (needed or not any(is_remote(str(url)) for url in given)):
         try:
             return calibration_set(train, size, limit=count)
         except (ValueError, OSError) as error:

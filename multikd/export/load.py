@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multikd.backbones import shrink
 from multikd.errors import unknown_name
 from multikd.export import standalone
 from multikd.export.folder import CONFIG, MANIFEST
@@ -34,7 +35,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> LoadedStuden
             "`multikd export` wrote"
         )
     try:
-        model = standalone.load(place)
+        model = standalone.load(place, _pruned(place))
         about = read_json(place / MANIFEST)
         if not isinstance(about, dict):
             raise ValueError(f"{MANIFEST} holds no mapping")
@@ -47,6 +48,12 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> LoadedStuden
             f"{place} can't be loaded ({' '.join(str(error).split())[:160]}): export it again"
         ) from error
     return LoadedStudent(place, model.to(device), about)
+
+
+def _pruned(place: Path) -> nn.Module | None:
+    """The encoder of a pruned student, which timm alone does not build; None of any other."""
+    config = read_json(place / CONFIG)
+    return shrink.load(place) if isinstance(config, dict) and config.get("pruned") else None
 
 
 class LoadedStudent:

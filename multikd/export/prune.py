@@ -1,42 +1,37 @@
 """Structured pruning of a student through torch-pruning, to be distilled a little further.
 
 Pruning removes whole channels of the layers inside, so that the model is really smaller and faster
-everywhere. timm cannot rebuild such a shape from its arguments: the pruned student lives on as a
-``PrunedStudent`` (for `fit`) and leaves as ONNX or ``.pt2``, not as a timm folder.
+everywhere. timm cannot rebuild such a shape from its arguments: the folder that the student leaves
+in has a reader of its own (``backbones.shrink``), and `fit` goes on with it as a ``PrunedStudent``.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multikd.backbones import dry_run, plan_rungs, spec_from_model
+from multikd.backbones.shrink import read, shrink
 from multikd.errors import MissingExtraError
 from multikd.export.graphs import quiet
-from multikd.export.staging import first_line, staged_folder
+from multikd.export.staging import first_line
 from multikd.students import StudentEncoder
 
-log = logging.getLogger(__name__)
-
-_PLAN, _WEIGHTS = "pruning.json", "model.safetensors"
 # Widths that are multiples of it run at full speed.
 _ROUND_TO = 8
-History = list[tuple[str, bool, list[int]]]
 
 
 @dataclass(frozen=True)
 class PruneReport:
     """What was cut: parameters and multiply-adds of one image, before and after."""
 
-    path: Path
     ratio: float
     parameters: tuple[int, int]
     multiply_adds: tuple[int, int]
@@ -44,15 +39,15 @@ class PruneReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        return asdict(self) | {"path": str(self.path)}
+        return asdict(self)
 
     def text(self) -> str:
         """One line for a terminal."""
         before, after = self.parameters
         saved = 1 - self.multiply_adds[1] / self.multiply_adds[0]
         return (
-            f"pruned: {self.path}, {after / 1e6:.2f} of {before / 1e6:.2f} M parameters, "
-            f"{100 * saved:.0f} % fewer multiply-adds; distil it further before use"
+            f"pruned to {after / 1e6:.2f} of {before / 1e6:.2f} M parameters, "
+            f"{100 * saved:.0f} % fewer multiply-adds"
         )
 
 
@@ -79,34 +74,24 @@ class _WithHead(nn.Module):
         return answer
 
 
-def prune_student(
-    student: StudentEncoder, out: Path, *, ratio: float = 0.3, overwrite: bool = False
-) -> PruneReport:
+def prune_student(student: StudentEncoder, ratio: float = 0.3) -> tuple[PrunedStudent, PruneReport]:
     """Cut the weakest channels inside a student; the features keep their width.
 
     Channel groups (all layers that share a channel) are ranked by the L2 norm of their weights.
     Left alone: groups that reach the features (of a ViT that is the residual stream, so its MLPs
-    are cut) and attention, whose heads must stay equal.
+    are cut) and attention, whose heads must stay equal. A trained classifier is left out.
 
     Args:
         student: not changed.
-        out: folder to make: the plan and the pruned weights.
         ratio: share of the channels of each group to cut.
-        overwrite: replace an earlier one.
 
     Raises:
-        ValueError: ratio out of range, nothing to cut, a family torch-pruning can't follow, or
-            ``out`` exists.
+        ValueError: ratio out of range, nothing to cut, or a family torch-pruning can't follow.
         MissingExtraError: the extra ``prune`` is not installed.
-        OSError: it can't be written.
     """
     require_torch_pruning()
     if not 0 < ratio < 1:
-        raise ValueError(f"ratio must lie strictly between 0 and 1, received {ratio}")
-    if student.num_classes:
-        raise ValueError(
-            "pruning needs a student without a classifier: export it without, prune, train anew"
-        )
+        raise ValueError(f"the ratio to prune must lie between 0 and 1, received {ratio}")
     name, size = student.spec.name, student.spec.image_size
     model = student.export_model().cpu().float()
     images = torch.zeros(1, 3, *size)
@@ -114,38 +99,25 @@ def prune_student(
     with torch.inference_mode():
         shape = model(images).shape
     try:
-        history = _prune(model, images, shape[-1], ratio)
+        groups = _prune(model, images, shape[-1], ratio)
         with torch.inference_mode():
             pruned_shape = model(images).shape
     except Exception as error:  # torch-pruning asserts, indexes and divides
         raise ValueError(
             f"torch-pruning cannot follow {name} ({first_line(error)}): quantise it instead"
         ) from error
-    if not history:
+    if not groups:
         raise ValueError(f"{name} has no channels to cut at a ratio of {ratio}: raise it")
     if pruned_shape != shape:
         raise ValueError(f"torch-pruning changed the features of {name}: quantise it instead")
-    report = PruneReport(
-        Path(out),
-        ratio,
-        (before[0], _cost(model, images)[0]),
-        (before[1], _cost(model, images)[1]),
-        len(history),
-    )
-    with staged_folder(Path(out), overwrite, _PLAN) as folder:
-        plan = {"architecture": name, "image_size": list(size), "history": history}
-        (folder / _PLAN).write_text(json.dumps(plan | {"report": report.as_dict()}) + "\n")
-        state = {key: t.detach().contiguous().clone() for key, t in model.state_dict().items()}
-        try:
-            save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-        except Exception as error:  # safetensors has its own exception for a full disk
-            raise OSError(f"{out} could not be written ({first_line(error)})") from error
-        restored = PrunedStudent.like(student, folder).eval()
-        with torch.inference_mode():
-            images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
-            if not torch.equal(restored.model(images), model(images)):
-                raise ValueError(f"the pruned {name} is not rebuilt from its plan: report this")
-    return report
+    after = _cost(model, images)
+    pruned = PrunedStudent.of(student, model)
+    with torch.inference_mode():
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        if not torch.equal(pruned.export_model()(images), model.eval()(images)):
+            raise ValueError(f"the pruned {name} can't be rebuilt from its weights: report this")
+    report = PruneReport(ratio, (before[0], after[0]), (before[1], after[1]), groups)
+    return pruned, report
 
 
 def _cost(model: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -167,8 +139,8 @@ def _attention_layers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _prune(model: nn.Module, images: Tensor, width: int, ratio: float) -> History:
-    """Prune in place; returns what was cut, in order."""
+def _prune(model: nn.Module, images: Tensor, width: int, ratio: float) -> int:
+    """Prune in place; returns how many times channels were cut."""
     import torch_pruning as tp
 
     headed = _WithHead(model, width)
@@ -189,69 +161,65 @@ def _prune(model: nn.Module, images: Tensor, width: int, ratio: float) -> Histor
             round_to=_ROUND_TO,
         )
         pruner.step()
-    return [
-        (str(name), bool(out), [int(i) for i in indices])
-        for name, out, indices in pruner.DG.pruning_history()
-    ]
-
-
-def _replay(model: nn.Module, images: Tensor, width: int, history: History) -> None:
-    """Cut the same channels of a model of the original shape."""
-    import torch_pruning as tp
-
-    headed = _WithHead(model, width)
-    with quiet():
-        graph = tp.DependencyGraph().build_dependency(headed, images)
-        graph.load_pruning_history([tuple(entry) for entry in history])
+    return len(pruner.DG.pruning_history())
 
 
 class PrunedStudent(StudentEncoder):
-    """A student of the shape and with the weights that :func:`prune_student` left.
+    """A student whose layers have the shapes, and the weights, that pruning left.
 
     For `fit`: ``student: {class_path: multikd.export.prune.PrunedStudent, init_args: {name: …,
     image_size: …, pruning: FOLDER}}``. The folder must stay: a checkpoint holds weights only.
 
     Args:
         name: of the original architecture.
-        pruning: folder that ``prune_student`` wrote.
+        pruning: folder that ``multikd export --prune`` wrote, or an export of a run from there.
         **settings: those of :class:`~multikd.students.StudentEncoder` (jsonargparse reads them
             there); as in the original, but ``pretrained`` and ``checkpoint``, which the folder
             replaces.
 
     Raises:
-        ValueError: no such folder, or one of another architecture.
-        MissingExtraError: the extra ``prune`` is not installed.
+        ValueError: no such folder, or one of another architecture or other settings.
     """
 
     def __init__(self, name: str, pruning: str, **settings: Any) -> None:
-        require_torch_pruning()
         super().__init__(name, **settings)
-        folder = Path(pruning)
-        try:
-            plan = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
-            weights = load_file(folder / _WEIGHTS)
-        except (OSError, ValueError) as error:
+        config, weights = read(Path(pruning))
+        if config["architecture"] != name:
             raise ValueError(
-                f"{pruning} is no pruned student ({first_line(error)}): give the folder that "
-                "pruning wrote"
-            ) from error
-        if plan["architecture"] != name:
-            raise ValueError(f"{pruning} holds a pruned {plan['architecture']}, expected {name}")
-        size = self.spec.image_size
-        width = self.feature_widths.summary
-        if width is None or self.num_classes:
-            raise ValueError("a pruned student has a summary and no classifier")
-        device = next(self.model.parameters()).device
-        training = self.model.training
-        self.model.eval()
-        images = torch.zeros(1, 3, *size, device=device)
-        _replay(self.model, images, width, plan["history"])
-        self.model.train(training)
-        self.model.load_state_dict(weights)
-        self._measure(name, settings)
+                f"{pruning} holds a pruned {config['architecture']}, expected {name}: give that "
+                "name, or another folder"
+            )
+        self._take(weights, name, settings)
 
-    def _measure(self, name: str, settings: dict[str, Any]) -> None:
-        """Widths of the rungs as they are now."""
+    @classmethod
+    def of(cls, student: StudentEncoder, model: nn.Module) -> PrunedStudent:
+        """The form that a student takes when its model becomes a pruned one."""
+        pruned = cls.__new__(cls)
+        nn.Module.__init__(pruned)
+        pruned.__dict__.update(copy.deepcopy(student).__dict__)
+        if pruned.num_classes:
+            pruned.model.reset_classifier(0)  # type: ignore[operator]
+            pruned.num_classes = 0
+        rungs = list(student.plan.indices)
+        pruned._take(model.state_dict(), student.spec.name, {"rungs": rungs})
+        return pruned.eval()
+
+    def _take(self, weights: Mapping[str, Tensor], name: str, settings: dict[str, Any]) -> None:
+        """Shrink the model to these weights, load them, and measure it anew."""
+        shrink(self.model, weights)
+        classifier = set(self.model.state_dict()) - set(self.encoder_state_dict())
+        try:
+            missing, unexpected = self.model.load_state_dict(dict(weights), strict=False)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the pruned weights do not fit {name} ({first_line(error)}): give the settings "
+                "that it was trained with"
+            ) from error
+        if unexpected or set(missing) - classifier:
+            raise ValueError(
+                f"the pruned weights are of another {name}: {len(set(missing) - classifier)} are "
+                f"missing and {len(unexpected)} unknown; give the settings that it was trained with"
+            )
         size = self.spec.image_size
         self.plan = plan_rungs(self.model, settings.get("rungs", "all"), size, name)
         seen, final = dry_run(self.model, size, self._run, name)
@@ -267,18 +235,3 @@ class PrunedStudent(StudentEncoder):
         self.widths = tuple(rung.widths for rung in seen)
         self.feature_widths = final.widths
         self._grids = {}
-
-    @classmethod
-    def like(cls, student: StudentEncoder, folder: Path) -> PrunedStudent:
-        """The pruned form of a student, with that student's size and normalisation."""
-        config = getattr(student.model, "_model_args", None) or {}
-        patch = config.get("patch_size")
-        return cls(
-            student.spec.name,
-            str(folder),
-            image_size=student.spec.image_size[0],
-            patch_size=patch if isinstance(patch, int) else None,
-            mean=student.spec.mean,
-            std=student.spec.std,
-            global_pool=config.get("global_pool"),
-        )

@@ -32,7 +32,7 @@ def readme(spec: EncoderSpec, facts: CardFacts, written: Written) -> str:
         *_heads(facts, written),
         *_teachers(facts),
         *_results(facts),
-        *_cost(written),
+        *_cost(facts, written),
         *_made(facts),
         _limits(facts),
     ]
@@ -45,7 +45,11 @@ def _metadata(facts: CardFacts, written: Written) -> str:
         **hub_fields(facts.binding_licence),
         "library_name": "timm",
         "pipeline_tag": task,
-        "tags": [task, "timm", "transformers", "knowledge-distillation", "multikd"],
+        "tags": [
+            *(task, "timm"),
+            *([] if written.pruned else ["transformers"]),
+            *("knowledge-distillation", "multikd"),
+        ],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
@@ -70,18 +74,28 @@ def _use(spec: EncoderSpec, written: Written) -> list[str]:
     shape = f"(1, {written.num_classes or spec.widths.summary})"
     if written.output == "tokens":
         shape = "all tokens, or the map"
-    parts = [
-        "## Use\n\nThe folder (or its repository) stands in place of `PATH`. With timm alone; "
-        "weights are only loaded with `pretrained=True`:\n\n"
+    load = (
+        "With timm alone; weights are only loaded with `pretrained=True`:\n\n"
         "```python\nimport timm\nfrom PIL import Image\n\n"
         f'model = timm.create_model("local-dir:PATH", pretrained=True{classes}).eval()\n'
+    )
+    if written.pruned:
+        load = (
+            "It is pruned: single layers are narrower than timm builds them, so that "
+            "`student_pruned.py` loads it, with torch and timm alone:\n\n"
+            "```python\nimport sys\n\nimport timm\nfrom PIL import Image\n\n"
+            'sys.path.insert(0, "PATH")\nimport student_pruned\n\n'
+            "model = student_pruned.load()\n"
+        )
+    parts = [
+        f"## Use\n\nThe folder (or its repository) stands in place of `PATH`. {load}"
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
         'image = Image.open("image.jpg").convert("RGB")\n'
         f"features = model(transform(image)[None])  # {shape}\n```\n\n"
         f"Inputs are RGB in [0, 1], then `(x - mean) / std` with mean {_triple(spec.mean)} and "
         f"std {_triple(spec.std)}. `model.forward_features` gives the patch features.",
     ]
-    if written.output == "pooled":
+    if written.output == "pooled" and not written.pruned:
         kind = "AutoModelForImageClassification" if written.num_classes else "AutoModel"
         answer = "logits" if written.num_classes else "pooler_output"
         parts.append(
@@ -113,6 +127,8 @@ def _use(spec: EncoderSpec, written: Written) -> list[str]:
 
 def _format_code(spec: EncoderSpec, report: Mapping[str, Any]) -> str:
     name = str(report["path"])
+    if report["format"] == "timm":
+        return ""
     height, width = spec.image_size
     uint8 = bool(report.get("settings", {}).get("preprocessing"))
     pixels = (
@@ -132,8 +148,12 @@ def _format_code(spec: EncoderSpec, report: Mapping[str, Any]) -> str:
         )
     if name.endswith(".safetensors"):
         return (
-            "from multikd.export.weight_only import load_weight_only\n\n"
-            f'model = load_weight_only("PATH/{name}")  # takes what the timm model takes'
+            "import sys\n\nimport timm\nfrom PIL import Image\n\n"
+            'sys.path.insert(0, "PATH")\nimport student_quantized  # torch, timm and torchao\n\n'
+            f'model = student_quantized.load("PATH/{name}")  # dequantize=True: without torchao\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+            'image = Image.open("image.jpg").convert("RGB")\n'
+            "features = model(transform(image)[None])"
         )
     if name.endswith((".pt2", ".torchscript.pt")):
         load = (
@@ -230,11 +250,16 @@ def _results(facts: CardFacts) -> list[str]:
         rows = [(name, f"{100 * value:.1f} %") for name, value in facts.scores.items()]
         parts.append("## Scores\n\n" + _table(("measured", "value"), rows))
     if facts.retention:
-        parts.append("## Retention\n\n" + _records(facts.retention))
+        parts.append(
+            "## Retention\n\nWhat the student keeps of the best of its teachers, task by task.\n\n"
+            + _records(facts.retention)
+        )
+    if parts and facts.measured_by:
+        parts.append(facts.measured_by)
     return parts
 
 
-def _cost(written: Written) -> list[str]:
+def _cost(facts: CardFacts, written: Written) -> list[str]:
     rows = [("parameters", f"{written.parameters:,}")]
     if written.cost is not None:
         if written.cost.macs is not None:
@@ -246,7 +271,8 @@ def _cost(written: Written) -> list[str]:
                     f"{written.cost.milliseconds:.2f} ms",
                 )
             )
-    return ["## Cost\n\n" + _table(("at the trained image size", ""), rows)]
+    parts = ["## Cost\n\n" + _table(("at the trained image size", ""), rows)]
+    return parts + ([_records(facts.costs)] if facts.costs else [])
 
 
 def _made(facts: CardFacts) -> list[str]:
@@ -280,6 +306,11 @@ def _limits(facts: CardFacts) -> str:
         "## Bias and limits\n\nA student takes over what its teachers and its images favour, and a "
         "smaller model may lose rare groups first. "
     )
+    if facts.gaps:
+        text += (
+            "Measured gaps between groups of images (a group that is not listed was not measured):"
+            f"\n\n{_records(facts.gaps)}\n\n"
+        )
     if facts.groups:
         return text + f"Measured by group:\n\n{_records(facts.groups)}"
     return text + (

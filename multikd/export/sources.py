@@ -41,6 +41,7 @@ def start_facts(config: dict[str, Any]) -> TeacherFacts | None:
     student = config.get("model", {}).get("init_args", {}).get("student") or {}
     settings: dict[str, Any] = student.get("init_args") or {}
     name, checkpoint = str(settings.get("name", "")), settings.get("checkpoint")
+    checkpoint = checkpoint or settings.get("pruning")  # of a PrunedStudent
     if checkpoint:
         folder = Path(str(checkpoint))
         return TeacherFacts(str(checkpoint), _licence_in(folder), source="local file")

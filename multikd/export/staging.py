@@ -55,32 +55,6 @@ def _move(folder: Path, out: Path) -> None:
     (folder / out.name).replace(out)
 
 
-@contextmanager
-def staged_folder(out: Path, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that gets its name on success.
-
-    Only a folder that holds ``marker`` is ever replaced.
-
-    Raises:
-        ValueError: ``out`` exists and may not be replaced.
-        OSError: it can't be written, or the disk is full.
-    """
-    if out.exists() and not (overwrite and (out / marker).is_file()):
-        remedy = "overwrite it on purpose" if (out / marker).is_file() else "it is not ours"
-        raise ValueError(f"{out} exists already ({remedy}): give another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def with_suffix(path: Path) -> Path:
     """Where the external data of a file lies."""
     return path.with_name(path.name + DATA_SUFFIX)

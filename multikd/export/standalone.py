@@ -49,8 +49,10 @@ class Features(NamedTuple):
     grid: tuple[int, int] | None
 
 
-def load(folder: str | Path | None = None) -> Student:
+def load(folder: str | Path | None = None, encoder: nn.Module | None = None) -> Student:
     """The student of an exported folder (default: the one that holds this file), in eval mode.
+
+    ``encoder`` is its timm model where timm alone can't build it (a pruned one); None: timm does.
 
     Raises:
         ValueError: not such a folder.
@@ -65,12 +67,13 @@ def load(folder: str | Path | None = None) -> Student:
     made = model["pretrained_cfg"]
     mean, std = _three(made["mean"]), _three(made["std"])
     # First without memory: a stranger's files may promise more than they hold.
-    weights = _shapes(_inside(place, ENCODER))
-    _check_arguments(model.get("model_args"), len(weights))
-    with torch.device("meta"):
-        _fit(_encoder(model), weights, ENCODER)
-    encoder = _encoder(model)
-    encoder.load_state_dict(load_file(place / ENCODER))
+    if encoder is None:
+        weights = _shapes(_inside(place, ENCODER))
+        _check_arguments(model.get("model_args"), len(weights))
+        with torch.device("meta"):
+            _fit(_encoder(model), weights, ENCODER)
+        encoder = _encoder(model)
+        encoder.load_state_dict(load_file(place / ENCODER))
     weights = _shapes(_inside(place, WEIGHTS)) if about["heads"] else {}
     with torch.device("meta"):
         student = Student(nn.Identity(), mean, std, about)

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from multikd.backbones import shrink
 from multikd.export.card import CardFacts, Written, manifest
 from multikd.export.folder import CONFIG, MANIFEST, new_folder, sha256
 from multikd.export.licences import UNKNOWN
+from multikd.export.prune import PrunedStudent
 from multikd.export.readme import readme
 from multikd.students import StudentEncoder
 from multikd.types import EncoderSpec
@@ -25,6 +27,7 @@ from multikd.types import EncoderSpec
 logger = logging.getLogger(__name__)
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
+PRUNED_MODULE = "student_pruned.py"
 # All that stays true of the student of what timm says of the architecture's published weights.
 _KEPT_KEYS = ("crop_pct", "crop_mode", "min_input_size")
 # Arguments for training or placement, or set by us: they don't shape the model.
@@ -103,13 +106,19 @@ def write_timm(
     _check_finite(state)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = timm_config(model, student.spec, facts, arguments)
+    pruned = isinstance(student, PrunedStudent)
+    if pruned:
+        config["pruned"] = True
+        source = Path(shrink.__file__).read_text(encoding="utf-8")
+        (folder / PRUNED_MODULE).write_text(source, encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _verify(folder, model, student.spec)
+    _verify(folder, model, student.spec, pruned)
     return Written(
         architecture=config["architecture"],
         parameters=sum(p.numel() for p in model.parameters()),
         num_classes=config["num_classes"],
         output=options.output,
+        pruned=pruned,
     )
 
 
@@ -163,6 +172,14 @@ def prepared_model(
             model.fc_norm = nn.Identity()
         arguments["final_norm"] = False
     return model, arguments
+
+
+def read_model(folder: Path, pruned: bool = False) -> nn.Module:
+    """The model of a folder as its user gets it, in eval mode: timm's, or a pruned one's reader."""
+    if pruned:
+        return shrink.load(folder)
+    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return model.eval()
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
@@ -261,10 +278,10 @@ def _pool_size(model: nn.Module, spec: EncoderSpec) -> list[int] | None:
     return list(shape[1:3] if shape[-1] == width and shape[1] != width else shape[2:4])
 
 
-def _verify(folder: Path, model: nn.Module, spec: EncoderSpec) -> None:
+def _verify(folder: Path, model: nn.Module, spec: EncoderSpec, pruned: bool) -> None:
     """Load the folder as anybody would, and compare with what was to be written."""
     try:
-        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        loaded = read_model(folder, pruned)
     except Exception as error:  # whatever timm raises, the export is no good
         raise ValueError(
             f"timm {timm.__version__} does not load what was exported of {spec.name}: {error}"

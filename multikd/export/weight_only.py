@@ -1,7 +1,8 @@
 """int8 or int4 weights through torchao: activations stay float, linear layers only.
 
 The file is safetensors: integers (two int4 a byte), scales, the other weights in float32, and
-timm's arguments as metadata. Reading it needs torch, timm and torchao, and runs nothing in it.
+timm's arguments as metadata. Reading it needs torch, timm and torchao, and runs nothing in it;
+``standalone_quantized`` is the reader, and goes along as ``student_quantized.py``.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multikd.backbones import Normalize
 from multikd.errors import MissingExtraError
+from multikd.export import standalone_quantized
 from multikd.export.calibration import CalibrationSet
 from multikd.export.card import CardFacts
 from multikd.export.graphs import quiet
+from multikd.export.prune import PrunedStudent
 from multikd.export.quality import QualityLimits, compare_features, features_of, halves, judge
 from multikd.export.report import FormatReport
 from multikd.export.staging import first_line, size_in_bytes, staged
-from multikd.export.timm_folder import timm_config
+from multikd.export.standalone_quantized import FORMAT, pack_int4
+from multikd.export.timm_folder import TimmOptions, prepared_model, timm_config
 from multikd.students import StudentEncoder
 
-_FORMAT = "multikd-weight-only-1"
+MODULE = "student_quantized.py"
 _DTYPES = {8: torch.int8, 4: torch.int4}  # type: ignore[attr-defined]
 
 
@@ -49,7 +51,7 @@ def quantize_weights(
     bits: Literal[8, 4],
     data: CalibrationSet,
     group_size: int = 32,
-    classifier: bool = False,
+    options: TimmOptions | None = None,
     limits: QualityLimits | None = None,
     overwrite: bool = False,
 ) -> FormatReport:
@@ -65,7 +67,7 @@ def quantize_weights(
         bits: 8 or 4.
         data: images to score with: k-NN bank and queries are its halves.
         group_size: inputs that share a scale (int4).
-        classifier: keep the trained classifier.
+        options: classifier, output and final norm, as of the timm folder; None: its defaults.
         limits: what may be lost; None: the default ones.
         overwrite: replace an earlier file.
 
@@ -76,10 +78,13 @@ def quantize_weights(
         OSError: it can't be written.
     """
     require_torchao("weight-only quantisation")
+    if isinstance(student, PrunedStudent):
+        raise ValueError("weight-only files hold no pruned student: use onnx-int8-static")
     if bits not in (8, 4):
         raise ValueError(f"bits must be 8 or 4, received {bits}")
-    original = student.export_model(classifier).cpu().float()
-    quantised = student.export_model(classifier).cpu().float().requires_grad_(False)
+    chosen = TimmOptions() if options is None else options
+    original, arguments = prepared_model(student, chosen)
+    quantised = prepared_model(student, chosen)[0].requires_grad_(False)
     names = _quantize(quantised, bits, group_size)
     if not names:
         raise ValueError(
@@ -88,7 +93,7 @@ def quantize_weights(
         )
     out = Path(out)
     with staged(out, overwrite) as path:
-        config = timm_config(original, student.spec, CardFacts())
+        config = timm_config(original, student.spec, CardFacts(), arguments)
         _save(path, quantised, names, bits, config)
         loaded = load_weight_only(path)
         bank, queries = halves(data)
@@ -157,7 +162,7 @@ def _save(
         weights[name] = list(integers.block_size)
         tensors[f"{name}.qdata"] = pack_int4(qdata) if bits == 4 else qdata.contiguous()
         tensors[f"{name}.scale"] = integers.scale.contiguous()
-    about = {"format": _FORMAT, "bits": bits, "weights": weights, "config": config}
+    about = {"format": FORMAT, "bits": bits, "weights": weights, "config": config}
     try:
         save_file(tensors, path, metadata={"multikd": json.dumps(about)})
     except Exception as error:  # safetensors has its own exception for a full disk
@@ -173,56 +178,10 @@ def load_weight_only(path: Path | str) -> nn.Module:
     """
     require_torchao("reading weight-only quantised files")
     with quiet():
-        from torchao.quantization import IntxUnpackedToInt8Tensor
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["multikd"])
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no weight-only quantised student ({first_line(error)}): give a file that "
-            "`multikd export` wrote in the format torchao-int8 or torchao-int4"
-        ) from error
-    if about.get("format") != _FORMAT:
-        raise ValueError(f"{path} has the format {about.get('format')!r}, expected {_FORMAT!r}")
-    config = about["config"]
-    model: nn.Module = timm.create_model(
-        config["architecture"],
-        pretrained=False,
-        num_classes=config["num_classes"],
-        **config.get("model_args", {}),
-    )
-    for name, block_size in about["weights"].items():
-        qdata, scale = tensors.pop(f"{name}.qdata"), tensors.pop(f"{name}.scale")
-        if about["bits"] == 4:
-            qdata = unpack_int4(qdata)
-        weight = IntxUnpackedToInt8Tensor(
-            qdata=qdata,
-            scale=scale,
-            zero_point=torch.zeros_like(scale, dtype=torch.int8),
-            target_dtype=_DTYPES[about["bits"]],
-            block_size=tuple(block_size),
-            dtype=torch.float32,
-            activation_quantization=None,
-        )
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=False))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if unexpected or set(missing) - set(about["weights"]):
-        raise ValueError(
-            f"{path} does not fit timm {timm.__version__}'s {config['architecture']}: "
-            f"{len(missing)} weights missing, {len(unexpected)} unknown"
-        )
-    return model.eval().requires_grad_(False)
+        return standalone_quantized.load(path)
 
 
-def pack_int4(values: Tensor) -> Tensor:
-    """int8 ``(N, K)`` in −8 … 7, K even → uint8 ``(N, K/2)``; the even column is the low half."""
-    nibbles = (values.to(torch.int16) & 0xF).to(torch.uint8)
-    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The inverse of :func:`pack_int4`."""
-    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=2).flatten(1).to(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles)
+def write_reader(folder: Path) -> None:
+    """Put the module that reads such files without multikd into a folder."""
+    source = Path(standalone_quantized.__file__).read_text(encoding="utf-8")
+    (folder / MODULE).write_text(source, encoding="utf-8")

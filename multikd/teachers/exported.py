@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from multikd.backbones import build_model, check_model_args, is_skeleton
+from multikd.backbones.shrink import load as load_pruned
 from multikd.teachers.encoder import BackboneEncoder
 from multikd.untrusted import inside, read_json
 
@@ -43,10 +44,14 @@ class ExportedEncoder(BackboneEncoder):
                 f"{directory!r} is no model folder (it has no config.json): give a folder that "
                 "`multikd export` or timm wrote"
             )
-        _check_folder(folder)
+        pruned = _check_folder(folder)
         try:
-            model = build_model(
-                f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
+            model = (
+                load_pruned(folder)
+                if pruned
+                else build_model(
+                    f"local-dir:{folder}", pretrained=not is_skeleton(), image_size=image_size
+                )
             )
         except ValueError:
             raise
@@ -66,8 +71,11 @@ class ExportedEncoder(BackboneEncoder):
         )
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> bool:
     """Refuse a folder that would have us build for hours, or read what lies elsewhere.
+
+    Returns:
+        Whether it holds a pruned student: single layers are narrower than timm would build them.
 
     Raises:
         ValueError: its config is damaged, or asks for more than its weights hold.
@@ -75,10 +83,11 @@ def _check_folder(folder: Path) -> None:
     config = read_json(folder / "config.json", 1 << 24)
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise ValueError(f"{folder}/config.json describes no model: it names no architecture")
+    pruned = bool(config.get("pruned"))
     weights = inside(folder, WEIGHTS)
     if not weights.is_file():
         if is_skeleton():
-            return
+            return pruned
         raise ValueError(
             f"{folder} has no {WEIGHTS}: save its weights as safetensors, which hold no code"
         )
@@ -102,8 +111,10 @@ def _check_folder(folder: Path) -> None:
             f"{folder} can't be built ({' '.join(str(error).split())[:160]}): its config.json is "
             "damaged; copy it again"
         ) from error
-    if needs > 2 * weights.stat().st_size + (1 << 24):  # buffers may be computed, within reason
+    # Buffers may be computed, within reason; of a pruned one the whole is built first.
+    if needs > (64 if pruned else 2) * weights.stat().st_size + (1 << 24):
         raise ValueError(
             f"{folder}/config.json describes a model of {needs} numbers, and its weights have "
             f"{weights.stat().st_size} bytes: copy it again"
         )
+    return pruned

@@ -11,6 +11,10 @@ from multikd.callbacks.fake_quantized import (
     restore,
 )
 from multikd.errors import MissingExtraError
+from multikd.export.calibration import CalibrationSet
+from multikd.export.parity import synthetic_images
+from multikd.export.quality import QualityLimits
+from multikd.export.weight_only import load_weight_only, quantize_weights
 from multikd.students import StudentEncoder
 
 
@@ -107,6 +111,59 @@ def test_a_fit_trains_rounded_layers_and_leaves_ordinary_ones(tmp_path) -> None:
     )
     fit(second, start, tmp_path, steps=1)
     assert torch.equal(before[0], first.student.model.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_what_is_learned_survives_the_deployed_file(rounded, tmp_path) -> None:
+    """Distilled from its own float form, an int4 student recovers; without rounding nothing moves.
+
+    The file is the exporter's, read as it is deployed, on images that were not trained on.
+    """
+    torch.manual_seed(0)
+    student = StudentEncoder("test_vit", image_size=32).eval()
+    with torch.no_grad():  # outliers, as trained ViTs have them: int4 really loses
+        for module in student.model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight[:, ::16] *= 6
+    noise = synthetic_images((32, 32), 96)
+    train, held_out = noise[:64], (noise[64:] * 255).round().to(torch.uint8)
+    with torch.no_grad():
+        target = student.features(train).summary.clone()
+        truth = student.features(held_out / 255).summary.clone()
+
+    def deployed_cosine() -> float:
+        quantize_weights(
+            student,
+            tmp_path / "q.safetensors",
+            bits=4,
+            data=CalibrationSet(held_out, torch.zeros(32, dtype=torch.int64)),
+            limits=QualityLimits(cosine_loss=2.0, agreement_loss=2.0),
+            overwrite=True,
+        )
+        small = load_weight_only(tmp_path / "q.safetensors")
+        with torch.inference_mode():
+            found = small(student.normalize(held_out / 255))
+        return float(torch.cosine_similarity(found, truth).mean())
+
+    before = deployed_cosine()
+    assert before < 0.97
+    if rounded:
+        prepare(student.model, 4, False, 32)
+    optimizer = torch.optim.Adam(student.parameters(), 3e-4)
+    for step in range(40):
+        rows = slice(16 * (step % 4), 16 * (step % 4) + 16)
+        found = student.features(train[rows]).summary
+        loss = (1 - torch.cosine_similarity(found, target[rows])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if rounded:
+        restore(student.model)
+    after = deployed_cosine()
+    if rounded:
+        assert 1 - after < 0.6 * (1 - before), (before, after)
+    else:
+        assert abs(after - before) < 0.1 * (1 - before), (before, after)
 
 
 def test_refusals(tmp_path, monkeypatch) -> None:

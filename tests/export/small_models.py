@@ -4,6 +4,7 @@ import timm
 import torch
 
 from multikd.export.deployed import DeployedEncoder
+from multikd.students import StudentEncoder
 from multikd.types import EncoderSpec, Widths
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,16 +41,39 @@ FAMILIES = {
 }
 
 
+# Windows and rotary positions are of one size: the batch alone is free.
+FIXED_SIZE = ("Swin", "EVA (rotary positions)")
+
+
 def small_model(family):
     """A model with settled statistics and weights large enough that every layer matters."""
     name, settings = FAMILIES[family]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0, **settings).eval()
+    _settle(model)
+    return model
+
+
+def _settle(model):
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    return model
+
+
+def small_student(family):
+    """The same as a student, made as `fit` makes it."""
+    name, settings = FAMILIES[family]
+    rest = {k: v for k, v in settings.items() if k not in ("img_size", "global_pool")}
+    torch.manual_seed(0)
+    student = StudentEncoder(
+        name,
+        image_size=settings.get("img_size", 64),
+        global_pool=settings.get("global_pool"),
+        model_args=rest or None,
+    )
+    _settle(student)
+    return student.eval()
 
 
 def spec_of(model, size=64, name="small"):

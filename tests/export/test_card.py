@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,15 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
+import multikd
+from multikd.checkpoints import load_student
 from multikd.export.card import CardFacts, TeacherFacts, Written
 from multikd.export.commands import ExportSettings, run_export
 from multikd.export.licences import forbids, hub_fields, most_restrictive
+from multikd.export.onnx import onnx_runner
+from multikd.export.parity import relative_error, synthetic_images
 from multikd.export.provenance import commit, data_facts
 from multikd.export.readme import readme
 from multikd.export.sources import link_of, start_facts
+from multikd.export.weight_only import load_weight_only
 from multikd.redaction import redact
 from multikd.types import EncoderSpec, Widths
 
@@ -163,26 +169,46 @@ def test_the_commit_is_ours_or_none(tmp_path):
     assert found is None or re.fullmatch(r"[0-9a-f]{40}\+?", found)
 
 
+EVERY = ("onnx", "pt2", "torchscript")
+QUANTISED = ("onnx-static", "onnx-dynamic", "int8", "int4")
+
+
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> Path:
+    """Every format there is, of one student, beside a picture of another size than its own."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     root = tmp_path_factory.mktemp("card")
     results = root / "results.json"
     results.write_text(json.dumps({"scores": {"k-NN": 0.5}}))
-    formats = ("pt2",) + (("onnx",) if importlib.util.find_spec("onnxscript") else ())
-    settings = ExportSettings(formats=formats, heads=("vit",), results=results, data_licence="mit")
+    settings = ExportSettings(
+        formats=EVERY,
+        quantize=QUANTISED,
+        heads=("vit",),
+        results=results,
+        data_licence="mit",
+        images=64,
+        # Four steps make no student that survives int4: what counts here is that it is read right.
+        max_cosine_loss=2.0,
+        max_agreement_loss=1.0,
+    )
     run_export(run.checkpoint, root / "out", settings)
-    Image.new("RGB", (70, 50), (200, 100, 0)).save(root / "image.jpg")
+    noise = synthetic_images((50, 70), 1)[0] * 255
+    Image.fromarray(noise.permute(1, 2, 0).byte().numpy()).save(root / "image.jpg")
     return root / "out"
 
 
 def blocks(folder: Path) -> dict[str, str]:
-    """The Python of the card by the package it is for, ready to run."""
+    """The Python of the card by what it reads, ready to run."""
     text = (folder / "README.md").read_text()
     found = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     image = str(folder.parent / "image.jpg")
     code = [b.replace("PATH", str(folder)).replace("image.jpg", image) for b in found]
-    kinds = ("transformers", "onnxruntime", "torch.export", "student_heads", "timm")
-    return {next(k for k in kinds if k in block): block for block in code}
+    files = [path.name for path in sorted(folder.iterdir(), key=lambda p: -len(p.name))]
+    kinds = ("transformers", *files, "student_heads", "timm")
+    return {
+        next(k for k in kinds if f"{folder}/{k}" in block or k in block): block for block in code
+    }
 
 
 def test_the_card_of_an_export(exported):
@@ -197,21 +223,22 @@ def test_the_card_of_an_export(exported):
         assert f"## {section}\n" in text
 
 
-def test_its_commands_run_in_a_process_without_multikd(exported):
-    """timm, the heads' module, ``.pt2`` and ONNX Runtime; all give the same features."""
+def test_its_commands_run_in_a_process_without_multikd(exported, run):
+    """Every format is read there by the card's own commands, and gives the right features."""
     code = blocks(exported)
-    assert {"timm", "student_heads", "torch.export", "transformers"} <= set(code)
-    script = HIDE
-    for kind in ("timm", "student_heads", "torch.export", "onnxruntime"):
-        if kind not in code:
+    reports = json.loads((exported / "manifest.json").read_text())["formats"]
+    files = {report["path"] for report in reports if report["format"] != "timm"}
+    assert len(files) == 7
+    assert set(code) == {"timm", "student_heads", "transformers"} | files
+    script = HIDE + "found = {}\n"
+    for kind, block in code.items():
+        if kind == "transformers":
             continue
-        if kind == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
-            continue
-        script += (
-            code[kind] + f"print({kind!r}, tuple(getattr(features, 'summary', features).shape))\n"
-        )
-    script += "print('head', tuple(predicted.summary.shape))\n"
-    script += "assert 'multikd' not in sys.modules\n"
+        script += block + "got = getattr(features, 'summary', features)\n"
+        script += f"found[{kind!r}] = torch.as_tensor(got).clone()\n"
+    script += "found['head'] = predicted.summary\n"
+    script += "assert not [name for name in sys.modules if name.partition('.')[0] == 'multikd']\n"
+    script += "torch.save(found, 'found.pt')\n"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -220,18 +247,65 @@ def test_its_commands_run_in_a_process_without_multikd(exported):
         cwd=exported.parent,
     )
     assert done.returncode == 0, done.stderr
-    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if "(" in line)
-    assert lines["timm"] == lines["student_heads"] == lines["torch.export"] == "(1, 64)"
-    assert lines.get("onnxruntime", "(1, 64)") == "(1, 64)"
-    assert lines["head"] == "(1, 64)"
+    found = torch.load(exported.parent / "found.pt", weights_only=True)
+    student = load_student(run.checkpoint).student
+    image = Image.open(exported.parent / "image.jpg").convert("RGB")
+    # timm crops and resizes; the graphs' commands resize alone.
+    loaded = multikd.load(exported)
+    cropped, whole = loaded.preprocess(image), pil_to_tensor(image.resize((32, 32), 3))[None] / 255
+    with torch.inference_mode():
+        features = {
+            kind: student(images).features.summary
+            for kind, images in (("timm", cropped), ("graph", whole))
+        }
+        head = loaded.head("vit")(cropped).summary
+    assert float((features["timm"] - features["graph"]).abs().max()) > 1e-2
+    assert torch.allclose(found["head"], head, rtol=0, atol=1e-6)
+    for kind, received in found.items():
+        if kind == "head":
+            continue
+        plain = kind in ("timm", "student_heads") or kind.endswith(".safetensors")
+        images, expected = (cropped, features["timm"]) if plain else (whole, features["graph"])
+        assert received.shape == expected.shape == (1, 64), kind
+        error = relative_error(received, expected)
+        if "int" not in kind:
+            assert error < 1e-4, (kind, error)
+            continue
+        # It really is quantised, still near, and what multikd and ONNX Runtime read here.
+        read = load_weight_only if plain else onnx_runner
+        with torch.inference_mode():
+            here = read(exported / kind)(student.normalize(images))
+        assert relative_error(received, here) < 1e-4, kind
+        assert error > 1e-4, kind
+        assert float(torch.cosine_similarity(received, expected)) > 0.8, kind
 
 
-def test_its_transformers_command_runs(exported):
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    script = HIDE + blocks(exported)["transformers"] + "print(tuple(features.shape))\n"
+def test_its_transformers_command_runs(exported, run):
+    """``TimmWrapper`` from the local folder: the same features as the timm model, bit for bit."""
+    pytest.importorskip("transformers")
+    code = blocks(exported)["transformers"]
+    script = (
+        HIDE
+        + code
+        + (
+            "print(type(model).__name__)\n"
+            "pixels = processor(image, return_tensors='pt')['pixel_values']\n"
+            "torch.save([features, pixels], 'wrapped.pt')\n"
+        )
+    )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=exported.parent,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("(1, 64)")
+    assert done.stdout.split()[-1] == "TimmWrapperModel"
+    features, pixels = torch.load(exported.parent / "wrapped.pt", weights_only=True)
+    student = load_student(run.checkpoint).student
+    image = Image.open(exported.parent / "image.jpg").convert("RGB")
+    images = multikd.load(exported).preprocess(image)
+    with torch.inference_mode():
+        assert torch.allclose(pixels, student.normalize(images), atol=1e-6)
+        assert torch.allclose(features, student(images).features.summary, atol=1e-5)

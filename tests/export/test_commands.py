@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
+import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -81,8 +85,6 @@ def test_manifest_is_enough_to_audit(run, tmp_path):
 
 
 def test_data_hash_tells_the_samples_and_not_the_place(run, tmp_path):
-    import shutil
-
     from multikd.export.provenance import data_facts
 
     def digest(folder: Path) -> str:
@@ -146,7 +148,13 @@ def test_quantised_files_are_scored_or_refused(run, tmp_path, capsys):
     arguments = (run.checkpoint, "--quantize", "onnx-dynamic", "--images", "64")
     assert export(*arguments, "--max-cosine-loss", "0.5", "--max-agreement-loss", "1", out) == 0
     reports = {r["format"]: r for r in json.loads((out / "manifest.json").read_text())["formats"]}
-    assert set(reports) == {"onnx", "onnx-int8-dynamic"}
+    assert set(reports) == {"timm", "onnx", "onnx-int8-dynamic"}
+    timm_parity = reports["timm"]["parity"]
+    assert timm_parity["max_relative_error"] == 0.0
+    assert timm_parity["images"] == "real"
+    sizes = {(case["batch"], case["height"], case["width"]) for case in timm_parity["cases"]}
+    assert len({batch for batch, _, _ in sizes}) >= 3
+    assert len({size[1:] for size in sizes}) == 3
     assert reports["onnx"]["parity"]["max_relative_error"] < 1e-4
     cosine = reports["onnx-int8-dynamic"]["quality"]["cosine_mean"]
     assert 0.5 < cosine <= 1
@@ -227,6 +235,57 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch, place):
     monkeypatch.setattr(target, full)
     error = refused(capsys, tmp_path / "deep" / "out", run.checkpoint)
     assert "disk is full" in error
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that holds 600 kB; the exported tiny student takes 1.5 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(run, small_disk, capsys):
+    error = refused(capsys, small_disk / "out", run.checkpoint)
+    assert "disk is full" in error
+    assert list(small_disk.iterdir()) == []
+
+
+def test_interrupted_it_leaves_nothing(run, tmp_path):
+    """Ctrl-C while the files are being written: no folder, no temporary one, exit code 130."""
+    out = tmp_path / "out"
+    script = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
+        "from multikd.cli import main\n"
+        "import multikd.export.commands as commands\n"
+        "write = commands.write_timm\n"
+        "def slow(*args):\n"
+        "    written = write(*args)\n"
+        "    print('written', flush=True)\n"
+        "    time.sleep(120)\n"
+        "    return written\n"
+        "commands.write_timm = slow\n"
+        f"raise SystemExit(main(['export', {str(run.checkpoint)!r}, {str(out)!r}]))\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "written\n"
+    assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]
+    child.send_signal(signal.SIGINT)
+    try:
+        _, error = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert error.strip().splitlines()[-1].startswith("multikd: interrupted")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_operator_that_a_format_lacks(run, tmp_path, capsys, monkeypatch):

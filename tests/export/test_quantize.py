@@ -11,7 +11,10 @@ from multikd.export.onnx import export_onnx, onnx_runner
 from multikd.export.parity import synthetic_images
 from multikd.export.quality import QualityError, QualityLimits, compare_features, halves
 from multikd.export.quantize import before_weights, quantize_onnx
-from multikd.export.weight_only import load_weight_only, pack_int4, quantize_weights, unpack_int4
+from multikd.export.standalone_quantized import load as load_plain
+from multikd.export.standalone_quantized import pack_int4, unpack_int4
+from multikd.export.timm_folder import TimmOptions
+from multikd.export.weight_only import load_weight_only, quantize_weights
 from multikd.students import StudentEncoder
 
 FREE = QualityLimits(cosine_loss=2.0, agreement_loss=1.0)
@@ -177,6 +180,29 @@ def test_weight_only_equals_rounding_the_weights_by_hand(bits, data, tmp_path) -
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         assert torch.allclose(loaded(images), expected(images), atol=1e-4)
+        # Without torchao the same values, as ordinary weights.
+        plain = load_plain(tmp_path / "q.safetensors", dequantize=True)
+        assert type(plain.blocks[0].mlp.fc1.weight) is torch.nn.Parameter
+        assert torch.equal(
+            plain.blocks[0].mlp.fc1.weight, loaded.blocks[0].mlp.fc1.weight.dequantize()
+        )
+        assert torch.allclose(loaded(images), plain(images), atol=1e-5)
+
+
+def test_weight_only_keeps_what_was_asked_for(data, tmp_path) -> None:
+    student = StudentEncoder("test_vit", image_size=64, num_classes=3).eval()
+    quantize_weights(
+        student,
+        tmp_path / "c.safetensors",
+        bits=8,
+        data=data,
+        options=TimmOptions(classifier=True, final_norm=False),
+        limits=FREE,
+    )
+    loaded = load_weight_only(tmp_path / "c.safetensors")
+    assert loaded(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+    assert isinstance(loaded.norm, torch.nn.Identity)
+    assert loaded.pretrained_cfg["input_size"] == [3, 64, 64]
 
 
 def test_weight_only_refusals(data, tmp_path, monkeypatch) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from helpers.fitting import fit
 from safetensors.torch import load_file
+from small_models import FAMILIES, small_student
 
 from multikd.checkpoints import load_student
+from multikd.export import CardFacts, export_timm_folder
 from multikd.export.commands import ExportSettings, run_export
 from multikd.students import StudentEncoder
 from multikd.teachers import Teacher
@@ -43,6 +45,26 @@ def test_as_a_start_it_gives_the_student_s_weights(exported):
         StudentEncoder("test_resnet", image_size=32, checkpoint=str(exported))
     with pytest.raises(ValueError, match="no checkpoint"):
         StudentEncoder("test_vit", image_size=32, checkpoint=str(exported.parent))
+
+
+@pytest.mark.parametrize("family", ["ViT, registers", "ResNet", "Swin", "ConvNeXt"])
+@torch.no_grad()
+def test_every_family_starts_and_teaches_the_next_run(family, tmp_path):
+    """`checkpoint: OUT` gives its weights, `exported:OUT` its features."""
+    first = small_student(family)
+    out = export_timm_folder(first, tmp_path / "out", card=CardFacts(licence="mit"))
+    name, settings = FAMILIES[family]
+    rest = {key: value for key, value in settings.items() if key != "img_size"}
+    second = StudentEncoder(name, image_size=64, checkpoint=str(out), model_args=rest or None)
+    images = torch.rand(2, 3, 64, 64)
+    expected = first.features(images)
+    received = second.eval().features(images)
+    assert torch.equal(received.summary, expected.summary)
+    assert torch.equal(received.patches, expected.patches)
+    taught = Teacher(f"exported:{out}", fold=False, channels_last=False)(images)
+    assert torch.equal(taught.summary, expected.summary)
+    assert torch.equal(taught.patches, expected.patches)
+    assert float(expected.summary.std()) > 1e-4
 
 
 def test_a_second_generation(run, exported, tmp_path):
