@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_COVARIANCE_ROWS = 16_384
 COSINE_EPS = 1e-8  # least product of two norms in a cosine, as in torch
 
 _MASK64 = (1 << 64) - 1
@@ -148,6 +149,25 @@ def batch_moments(x: Tensor, dim: int | Sequence[int]) -> tuple[Tensor, Tensor, 
     mean = (rough.to(wide) + rest.to(wide)).squeeze(dims)
     m2 = centred.square().sum(dims).to(wide) - count * rest.squeeze(dims).to(wide).square()
     return mean.new_full((), float(count)), mean, m2.clamp(min=0.0)
+
+
+def batch_covariance(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and matrix of centred products of rows ``(n, D)``, any float dtype.
+
+    In float64 throughout, a slice of rows at a time, so that a large patch grid needs no large
+    copy.
+
+    Returns:
+        count ``()``, mean ``(D,)`` and ``Σ (x − mean)(x − mean)ᵀ (D, D)``, float64. Zeros where
+        there are no rows.
+    """
+    n, width = rows.shape
+    scatter = rows.new_zeros((width, width), dtype=torch.float64)
+    count, mean, _ = batch_moments(rows, 0)
+    for part in torch.split(rows, _COVARIANCE_ROWS) if n else ():
+        centred = part.double() - mean
+        scatter.addmm_(centred.T, centred)
+    return count, mean, scatter
 
 
 def hash_uniform(

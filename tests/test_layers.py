@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"modules"},
     {"evaluation"},
     {"callbacks"},
-    {"fit", "fit_summary", "checkpoints", "preflight"},
+    {"fit", "fit_summary", "checkpoints", "preflight", "teacher_statistics"},
     {"ablation", "export"},
     {"demo"},
     {"cli"},

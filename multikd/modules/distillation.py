@@ -108,7 +108,7 @@ class DistillationModule(pl.LightningModule):
         student.freeze_unreached(uses_features, tokens_read(self.ladder, projected.values()))
         factory = normalizers or EMAStandardizers()
         self.normalizers = nn.ModuleDict(
-            {name: factory.build(teacher.widths) for name, teacher in teachers.items()}
+            {name: factory.for_teacher(name, teacher.widths) for name, teacher in teachers.items()}
         )
         self.dropper = dropper if dropper is not None else NoDropping()
         self.dropper.bind(self.teacher_names)

@@ -19,11 +19,14 @@ from multikd.export.trained_heads import TrainedHead, predict, trained_heads
 from multikd.ladder import Ladder
 from multikd.normalizers import (
     BatchStandardizers,
+    CovarianceNormalizer,
     EMAStandardizers,
     FeatureNormalizer,
     FixedStandardizers,
     NoNormalizers,
     NormalizerFactory,
+    PHISNormalizers,
+    WhiteningNormalizers,
 )
 from multikd.projectors import (
     LinearProjectors,
@@ -44,6 +47,8 @@ NORMALIZERS: dict[str, NormalizerFactory] = {
     "ema": EMAStandardizers(),
     "batch": BatchStandardizers(),
     "fixed": FixedStandardizers(),
+    "phis": PHISNormalizers(images=300),
+    "whitening": WhiteningNormalizers(images=300, floor=1e-2),
     "none": NoNormalizers(),
 }
 # Class token, registers, mean of patches, attention pool; CNN; NHWC map; windows.
@@ -71,6 +76,19 @@ def student(kind: str = "class token") -> StudentEncoder:
 def statistics(normalizer: FeatureNormalizer) -> FeatureNormalizer:
     """Means far from 0 and deviations over four orders, as foundation models have them."""
     generator = torch.Generator().manual_seed(1)
+    if isinstance(normalizer, CovarianceNormalizer):
+        tokens = {
+            token: 10.0 ** (4.0 * torch.rand(width, generator=generator) - 3.0)
+            * torch.randn(*shape, width, generator=generator)
+            + 5.0
+            for token, width, shape in (
+                ("summary", normalizer.widths.summary, (300,)),
+                ("patches", normalizer.widths.patches, (300, 4)),
+            )
+            if width is not None
+        }
+        normalizer.update(TokenFeatures(**tokens))
+        return normalizer.eval()
     for name, buffer in normalizer.named_buffers():
         if name.endswith("_mean"):
             buffer.copy_(5.0 * torch.randn(buffer.shape, generator=generator))
