@@ -236,9 +236,9 @@ def _add_teachers(commands: Any) -> None:
         _teachers_stats,
         "measure the statistics of a config's teachers for PHI-S, whitening and standardisation",
         "Everything else is passed on as to `multikd fit`.\n\nexamples:\n"
-        "  multikd teachers stats --config laptop --data.train=shards/ --out stats.safetensors\n"
+        "  multikd teachers stats --config laptop --data.train=shards/ --out s.safetensors\n"
         "  multikd fit --config laptop --data.train=shards/ \\\n"
-        "    --model.normalizers=PHISNormalizers --model.normalizers.statistics=stats.safetensors\n",
+        "    --model.normalizers=PHISNormalizers --model.normalizers.statistics=s.safetensors\n",
     )
     stats.add_argument("--out", type=Path, required=True, metavar="FILE")
     stats.add_argument(

@@ -42,6 +42,33 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     return 1.0 - similarity
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors of length 1 over the last dimension; one of zeros stays."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    directions: Tensor = vectors / norms.clamp(min=COSINE_EPS)
+    return directions
+
+
+def squared_angle(prediction: Tensor, target: Tensor) -> Tensor:
+    """Θ², the angle in radians squared, over the last dimension: ``(…, D)`` → ``(…)`` in [0, π²].
+
+    By the chord: ``Θ = 2·asin(c/2)``, ``c`` the distance of the unit vectors. Unlike the arc cosine
+    it keeps its digits at small angles, and Θ² as a function of ``c²`` is smooth at 0, so that
+    equal vectors have a gradient (of 0). Exactly opposite ones have 0, too: every way is downhill.
+    """
+    chord2 = (unit(prediction) - unit(target)).square().sum(-1)
+    small = chord2 < 1e-2
+    # Both branches are computed, so each gets arguments that it can be differentiated at.
+    x = torch.where(small, chord2, 0.0)
+    # Σ_k 2 x^k / (k²·C(2k, k)), to 1e-16 where x < 0.01.
+    series = x * (
+        1.0 + x * (1 / 12 + x * (1 / 90 + x * (1 / 560 + x * (1 / 3150 + x * (1 / 16632)))))
+    )
+    most = 4.0 - (1e-6 if chord2.dtype == torch.float32 else 1e-14)
+    safe = torch.where(small, 1.0, chord2.clamp(max=most))
+    return torch.where(small, series, (2.0 * torch.asin(safe.sqrt() / 2.0)).square())
+
+
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
     """Mean over the last dimension of the Huber-like loss: ``(…, D)`` → ``(…)``, ≥ 0.
 

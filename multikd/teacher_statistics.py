@@ -139,7 +139,7 @@ def _row(name: str, token: TokenType, of: Statistics) -> dict[str, Any]:
         "teacher": name,
         "token": token,
         "width": len(of.mean),
-        "observations": of.count,
+        "observations": of.n,
         "mean_norm": float(of.mean.norm()),
         "scale": float(values.mean().sqrt()),
         "deviation_min": float(deviations.min()),
@@ -174,7 +174,6 @@ def _text(rows: Sequence[dict[str, Any]], images: int, out: Path) -> str:
             "two observations a dimension; measure more --images"
         )
     lines.append(f"{images} images → {out}")
-    lines.append(
-        f"use      --model.normalizers=PHISNormalizers --model.normalizers.statistics={out}"
-    )
+    setting = "--model.normalizers=PHISNormalizers --model.normalizers.statistics"
+    lines.append(f"to use them: {setting}={out}")
     return "\n".join(lines)

@@ -68,7 +68,7 @@ def test_it_measures_the_training_views_and_a_run_reads_them(
     found = read_statistics(file, "own", Widths(64, 64))
     for token in ("summary", "patches"):
         y = getattr(features, token).double().numpy().reshape(-1, 64)
-        assert found[token].count == len(y)
+        assert found[token].n == len(y)
         np.testing.assert_allclose(found[token].mean, y.mean(0), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found[token].covariance, np.cov(y.T), rtol=1e-3, atol=1e-5)
     rows = json.loads(figures.read_text())["statistics"]

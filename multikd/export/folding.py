@@ -37,6 +37,8 @@ def affine_map(normalizer: FeatureNormalizer, token: TokenType) -> tuple[Tensor,
         ValueError: the inverse is not affine, so that no linear layer can take it up.
     """
     width = cast(int, getattr(normalizer.widths, token))
+    if token in normalizer.raw:
+        return torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
 
     def inverse(rows: Tensor) -> Tensor:
         result = normalizer.inverse(TokenFeatures(**_tokens(token, rows)))

@@ -59,11 +59,15 @@ class FeatureNormalizer(KeepsDtype):
 
     Args:
         widths: of the teacher.
+
+    Attributes:
+        raw: token types that stay as the teacher gives them, for losses that read them so.
     """
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         self.widths = widths
+        self.raw: tuple[TokenType, ...] = ()
         for token in TOKEN_TYPES:
             width = getattr(widths, token)
             if width is not None:
@@ -122,7 +126,7 @@ class FeatureNormalizer(KeepsDtype):
     ) -> TokenFeatures:
         def of(token: TokenType) -> Tensor | None:
             x = self._checked(features, token)
-            return None if x is None else function(token, x)
+            return x if x is None or token in self.raw else function(token, x)
 
         return TokenFeatures(
             summary=of("summary"), patches=of("patches"), grid=features.grid, logits=features.logits
@@ -146,7 +150,7 @@ class FeatureNormalizer(KeepsDtype):
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for token in TOKEN_TYPES:
             x = self._checked(features, token)
-            if x is not None:
+            if x is not None and token not in self.raw:
                 count, mean, m2 = batch_moments(x.detach(), tuple(range(x.ndim - 1)))
                 tokens.append(token)
                 parts.append((count.expand_as(mean), mean, m2))

@@ -94,7 +94,7 @@ class CovarianceNormalizer(FeatureNormalizer):
         counted = torch.zeros_like(self.images_seen)
         for token in TOKEN_TYPES:
             x = self._checked(features, token)
-            if x is not None:
+            if x is not None and token not in self.raw:
                 rows = self._accumulate(token, x.detach().flatten(0, -2))
                 per_image = 1 if x.ndim == 2 else x.shape[1]
                 counted = torch.maximum(counted, rows // per_image)

@@ -156,7 +156,8 @@ class FixedStandardizer(FeatureNormalizer):
         # Patches alone: as many observations an image as there are patches.
         per_image = (
             1
-            if features.summary is not None or features.patches is None
+            if (features.summary is not None and "summary" not in self.raw)
+            or features.patches is None
             else (features.patches.shape[1])
         )
         counts = [self._accumulate(t, m) for t, m in self._moments(features).items()]

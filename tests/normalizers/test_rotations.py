@@ -261,8 +261,8 @@ def test_global_standardisation_is_one_scale(statistics: Path) -> None:
 
 
 def test_files_that_do_not_fit_are_refused(statistics: Path, tmp_path: Path) -> None:
-    def read(path: Path, name: str = "dino", widths: Widths = Widths(12, None)) -> object:
-        return read_statistics(path, name, widths)
+    def read(path: Path, name: str = "dino", widths: Widths | None = None) -> object:
+        return read_statistics(path, name, widths or Widths(12, None))
 
     with pytest.raises(ValueError, match=r"unknown teacher in .*'dina'.*did you mean 'dino'"):
         read(statistics, "dina")
