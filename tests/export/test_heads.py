@@ -29,10 +29,12 @@ from multikd.normalizers import (
     WhiteningNormalizers,
 )
 from multikd.projectors import (
+    ConvProjectors,
     LinearProjectors,
     MLPProjectors,
     Projector,
     ProjectorFactory,
+    ResidualMLPProjectors,
     TransformerProjectors,
 )
 from multikd.students import StudentEncoder
@@ -42,6 +44,8 @@ PROJECTORS: dict[str, ProjectorFactory] = {
     "mlp": MLPProjectors(hidden=24, last_hidden=40),
     "linear": LinearProjectors(),
     "transformer": TransformerProjectors(depth=2, layer_scale=0.5),
+    "residual": ResidualMLPProjectors(hidden=24, blocks=2, patches_hidden=16),
+    "conv": ConvProjectors(depth=2, hidden=16),
 }
 NORMALIZERS: dict[str, NormalizerFactory] = {
     "ema": EMAStandardizers(),
@@ -134,7 +138,9 @@ def error(received: TokenFeatures, expected: TokenFeatures) -> float:
     ("projectors", "normalizer", "widths"),
     [
         *((p, n, Widths(20, 12)) for p, n in product(PROJECTORS, NORMALIZERS)),
-        *((p, "ema", w) for p in PROJECTORS for w in (Widths(16, 16), Widths(9, None))),
+        *((p, "ema", Widths(16, 16)) for p in PROJECTORS),
+        *((p, "ema", Widths(9, None)) for p in PROJECTORS if p != "conv"),
+        ("conv", "phis", Widths(None, 9)),
         ("mlp", "ema", Widths(None, 9)),
     ],
 )
@@ -210,13 +216,17 @@ def test_a_projector_without_a_last_linear_layer_is_refused():
         describe(Tanh())
 
 
-@pytest.mark.parametrize("kind", [k for k in STUDENTS if k != "swin"])
-@pytest.mark.parametrize("projectors", ["mlp", "transformer"])
+@pytest.mark.parametrize(
+    ("kind", "projectors"),
+    [
+        *((k, "mlp") for k in STUDENTS if k != "swin"),
+        *(("class token", p) for p in ("transformer", "residual", "conv")),
+        ("registers", "transformer"),
+    ],
+)
 @torch.no_grad()
 def test_the_module_file_gives_the_same(tmp_path, kind, projectors):
     encoder = student(kind)
-    if projectors == "transformer" and kind in ("cnn", "next"):
-        pytest.skip("covered by the ViTs: one projector, whatever the student")
     trained = head(
         encoder, PROJECTORS[projectors], statistics(EMAStandardizers().build(Widths(20, 12)))
     )
