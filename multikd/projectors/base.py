@@ -70,6 +70,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def initialise(layer: nn.Linear) -> None:
+    """Truncated normal of deviation 0.02, bias 0, in place."""
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
