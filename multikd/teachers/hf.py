@@ -212,8 +212,8 @@ def _config(transformers: Any, name: str) -> Any:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{name!r} is no model folder (it has no config.json): give a folder that transformers' "
-            "save_pretrained wrote"
+            f"{name!r} is no model folder (it has no config.json): give a folder that "
+            "transformers' save_pretrained wrote"
         )
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)

@@ -19,8 +19,8 @@ from multikd.types import Encoder
 SCHEMES = ("timm", "open_clip", "hf", "torchvision", "packaged", "exported", "local-dir", "onnx")
 _FORMS = (
     "timm:ARCHITECTURE.TAG, open_clip:ARCHITECTURE/TAG, packaged:efficientnet_lite0, "
-    "hf:FOLDER or hf:ORG/MODEL, torchvision:NAME.WEIGHTS, onnx:FILE, exported:FOLDER, or the import "
-    "path of a class"
+    "hf:FOLDER or hf:ORG/MODEL, torchvision:NAME.WEIGHTS, onnx:FILE, exported:FOLDER, "
+    "or the import path of a class"
 )
 
 
