@@ -210,6 +210,8 @@ def _transformers(name: str) -> Any:
 
 def _config(transformers: Any, name: str) -> Any:
     folder = Path(name)
+    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise ValueError(f"hf:{name}: there is no such folder; give a folder or ORG/MODEL")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{name!r} is no model folder (it has no config.json): give a folder that "

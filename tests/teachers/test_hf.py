@@ -221,6 +221,8 @@ def test_settings_override_and_bfloat16_runs(folders: Callable[[str], Path]) -> 
 
 
 def test_mistakes(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such folder"):
+        Teacher(f"hf:{tmp_path / 'gone'}")
     with pytest.raises(ValueError, match="no config.json"):
         Teacher(f"hf:{tmp_path}")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
