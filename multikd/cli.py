@@ -237,6 +237,26 @@ def _add_teachers(commands: Any) -> None:
     inspect.add_argument("--checkpoint", type=Path, default=None, help="weights from a local file")
     inspect.add_argument("--image", type=Path, default=None, help="an image to run")
     _json_argument(inspect)
+    stats = _command(
+        actions,
+        "stats",
+        _teachers_stats,
+        "measure the statistics of a config's teachers for PHI-S, whitening and standardisation",
+        "Everything else is passed on as to `multikd fit`.\n\nexamples:\n"
+        "  multikd teachers stats --config laptop --data.train=shards/ --out s.safetensors\n"
+        "  multikd fit --config laptop --data.train=shards/ \\\n"
+        "    --model.normalizers=PHISNormalizers --model.normalizers.statistics=s.safetensors\n",
+    )
+    stats.add_argument("--out", type=Path, required=True, metavar="FILE")
+    stats.add_argument(
+        "--images", type=int, default=8192, help="how many training views (default: 8192)"
+    )
+    stats.add_argument(
+        "--teachers", default="", metavar="A,B", help="these of its teachers (default: all)"
+    )
+    stats.add_argument("--overwrite", action="store_true", help="replace FILE")
+    stats.set_defaults(passes_settings_on=True)
+    _json_argument(stats)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -562,6 +582,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0 if found is None else _finish(*found, arguments.json)
 
 
+def _teachers_stats(arguments: argparse.Namespace) -> int:
+    from multikd.teacher_statistics import run_stats
+
+    if not arguments.settings:
+        raise ValueError(
+            "teachers stats needs the run whose teachers are measured: --config NAME_OR_FILE "
+            "(and --data.train=SHARDS)"
+        )
+    take_over_lightning()
+    names = [name.strip() for name in arguments.teachers.split(",") if name.strip()]
+    text, figures = run_stats(
+        arguments.settings, arguments.out, arguments.images, names, arguments.overwrite
+    )
+    return _finish(text, figures, arguments.json)
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from multikd.export.commands import ExportSettings, run_export, split_names
     from multikd.export.timm_folder import TimmOptions
@@ -701,7 +737,11 @@ def _run(args: list[str]) -> int:
         sys.path.append(os.getcwd())
     if args[0] in LIGHTNING:
         return _lightning(args[0], args[1:])
-    arguments = build_parser().parse_args(args)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(args)
+    if rest and not getattr(arguments, "passes_settings_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.settings = rest
     function: Callable[[argparse.Namespace], int] = arguments.function
     return function(arguments)
 

@@ -111,3 +111,39 @@ def combine_moments(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Te
     grand_mean = means[0] + offset
     grand_m2 = (m2s + counts * (means - grand_mean).square()).sum(0)
     return total, grand_mean, grand_m2
+
+
+def combine_covariance(
+    count: Tensor, mean: Tensor, scatter: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``combine_moments``, with the whole matrix of centred products.
+
+    ``scatter = Σ_r scatter_r + count_r · (mean_r − mean)(mean_r − mean)ᵀ``. Two collectives: the
+    means are gathered, the matrices summed.
+
+    Args:
+        count: observations of this rank, ``()``; 0 is allowed.
+        mean: their mean, ``(D,)``.
+        scatter: ``Σ (x − mean)(x − mean)ᵀ``, ``(D, D)``.
+
+    Returns:
+        (count ``()``, mean, scatter) of all ranks, equal on every rank.
+    """
+    if world_size() == 1:
+        return count.detach().clone(), mean.detach().clone(), scatter.detach().clone()
+    gathered = all_gather_rows(torch.cat([count.view(1).to(mean), mean])[None])
+    counts, means = gathered[:, :1], gathered[:, 1:]
+    total = counts.sum()
+    offset = (counts * (means - means[0])).sum(0) / total.clamp(min=1.0)
+    grand_mean = means[0] + offset
+    own = torch.addr(scatter, count.to(mean) * (mean - grand_mean), mean - grand_mean)
+    return total, grand_mean, all_reduce_sum(own)
+
+
+@torch.no_grad()
+def broadcast_first(tensor: Tensor) -> Tensor:
+    """The first rank's tensor on every rank, as a new tensor; shapes must be equal."""
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if is_distributed():
+        dist.broadcast(copy, src=0)
+    return copy

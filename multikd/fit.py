@@ -75,7 +75,9 @@ class ConfigInCheckpoint(SaveConfigCallback):
 def _without_secrets(value: Any) -> Any:
     """A parsed config, or a part of it, with every text redacted; a copy."""
     if isinstance(value, Namespace):
-        return Namespace(**{key: _without_secrets(item) for key, item in vars(value).items()})
+        return Namespace(  # type: ignore[no-untyped-call]
+            **{key: _without_secrets(item) for key, item in vars(value).items()}
+        )
     if isinstance(value, dict):
         return {key: _without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

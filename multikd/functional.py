@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_COVARIANCE_ROWS = 16_384
 COSINE_EPS = 1e-8  # least product of two norms in a cosine, as in torch
 
 _MASK64 = (1 << 64) - 1
@@ -39,6 +40,33 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(prediction, dim=-1) * torch.linalg.vector_norm(target, dim=-1)
     similarity: Tensor = dot / norms.clamp(min=COSINE_EPS)
     return 1.0 - similarity
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors of length 1 over the last dimension; one of zeros stays."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    directions: Tensor = vectors / norms.clamp(min=COSINE_EPS)
+    return directions
+
+
+def squared_angle(prediction: Tensor, target: Tensor) -> Tensor:
+    """Θ², the angle in radians squared, over the last dimension: ``(…, D)`` → ``(…)`` in [0, π²].
+
+    By the chord: ``Θ = 2·asin(c/2)``, ``c`` the distance of the unit vectors. Unlike the arc cosine
+    it keeps its digits at small angles, and Θ² as a function of ``c²`` is smooth at 0, so that
+    equal vectors have a gradient (of 0). Exactly opposite ones have 0, too: every way is downhill.
+    """
+    chord2 = (unit(prediction) - unit(target)).square().sum(-1)
+    small = chord2 < 1e-2
+    # Both branches are computed, so each gets arguments that it can be differentiated at.
+    x = torch.where(small, chord2, 0.0)
+    # Σ_k 2 x^k / (k²·C(2k, k)), to 1e-16 where x < 0.01.
+    series = x * (
+        1.0 + x * (1 / 12 + x * (1 / 90 + x * (1 / 560 + x * (1 / 3150 + x * (1 / 16632)))))
+    )
+    most = 4.0 - (1e-6 if chord2.dtype == torch.float32 else 1e-14)
+    safe = torch.where(small, 1.0, chord2.clamp(max=most))
+    return torch.where(small, series, (2.0 * torch.asin(safe.sqrt() / 2.0)).square())
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
@@ -148,6 +176,25 @@ def batch_moments(x: Tensor, dim: int | Sequence[int]) -> tuple[Tensor, Tensor, 
     mean = (rough.to(wide) + rest.to(wide)).squeeze(dims)
     m2 = centred.square().sum(dims).to(wide) - count * rest.squeeze(dims).to(wide).square()
     return mean.new_full((), float(count)), mean, m2.clamp(min=0.0)
+
+
+def batch_covariance(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and matrix of centred products of rows ``(n, D)``, any float dtype.
+
+    In float64 throughout, a slice of rows at a time, so that a large patch grid needs no large
+    copy.
+
+    Returns:
+        count ``()``, mean ``(D,)`` and ``Σ (x − mean)(x − mean)ᵀ (D, D)``, float64. Zeros where
+        there are no rows.
+    """
+    n, width = rows.shape
+    scatter = rows.new_zeros((width, width), dtype=torch.float64)
+    count, mean, _ = batch_moments(rows, 0)
+    for part in torch.split(rows, _COVARIANCE_ROWS) if n else ():
+        centred = part.double() - mean
+        scatter.addmm_(centred.T, centred)
+    return count, mean, scatter
 
 
 def hash_uniform(

@@ -18,6 +18,7 @@ from multikd.callbacks.feature_probe import FeatureProbe
 from multikd.checkpoints import read_config
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
+from multikd.data.views import ShiftedViews
 from multikd.modules.distillation import DistillationModule
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
                 module.teacher(name).grid_for((size, size), student.spec.patch_size)
             except ValueError as error:
                 raise ValueError(f"teacher {name!r} on views of {size} px: {error}") from error
+    check_shifts(module, data)
     view = data.train_views[0].size
     if (view, view) != student.spec.image_size:
         log.warning(
@@ -120,6 +122,35 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
             student.spec.image_size[0],
             view,
         )
+
+
+def check_shifts(module: DistillationModule, data: ShardDataModule) -> None:
+    """Refuse a teacher's view that is none, and shifts that are no whole patches where they meet.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    views, chosen = data.train_views, module.teacher_view
+    module.student_views(len(views))
+    shifting = [n for n in module.teacher_names if getattr(module.losses[n], "uses_shift", False)]
+    if chosen is None or not shifting:
+        return
+    first = views[chosen]
+    if not all(isinstance(v, ShiftedViews) and v.describe() == first.describe() for v in views):
+        raise ValueError(
+            f"the loss of teacher {shifting[0]!r} compares shifted views: set data.train_views to "
+            "multikd.data.views.ShiftedViews with the same settings for all"
+        )
+    step = first.patch if isinstance(first, ShiftedViews) else 1
+    size = (first.size, first.size)
+    for name in shifting:
+        grid = module.target_grid(name, size)
+        if grid is not None and any(side * step % first.size for side in grid):
+            raise ValueError(
+                f"views shifted by {step} px are not shifted by whole patches on the "
+                f"{grid[0]}×{grid[1]} grid where teacher {name!r} and the student meet: set "
+                "data.train_views' patch to a multiple of view size / grid"
+            )
 
 
 def check_monitors(trainer: pl.Trainer, data: ShardDataModule) -> None:

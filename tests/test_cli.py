@@ -44,6 +44,7 @@ def test_help_needs_no_heavy_import() -> None:
         ["shards", "inspect"],
         ["teachers", "list"],
         ["teachers", "inspect"],
+        ["teachers", "stats"],
         ["export"],
         ["configs"],
     ],

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"modules"},
     {"evaluation"},
     {"callbacks"},
-    {"fit", "fit_summary", "fit_faults", "checkpoints", "preflight"},
+    {"fit", "fit_summary", "fit_faults", "checkpoints", "preflight", "teacher_statistics"},
     {"export"},
     {"retention"},
     {"ablation"},

@@ -17,8 +17,11 @@ from multikd.normalizers import (
     FeatureNormalizer,
     FixedStandardizer,
     FixedStandardizers,
+    GlobalStandardizers,
     NoNormalizers,
     NormalizerFactory,
+    PHISNormalizers,
+    WhiteningNormalizers,
 )
 from multikd.types import TOKEN_TYPES, TokenFeatures, Widths
 
@@ -27,8 +30,12 @@ FACTORIES: list[NormalizerFactory] = [
     EMAStandardizers(total_steps=5),
     BatchStandardizers(),
     FixedStandardizers(images=40),
+    GlobalStandardizers(images=40),
+    PHISNormalizers(images=40),
+    WhiteningNormalizers(images=40),
     NoNormalizers(),
 ]
+LEARNING = FACTORIES[:-1]
 every_kind = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: type(f).__name__)
 
 
@@ -176,8 +183,12 @@ def test_inverse_and_affine_undo_forward(factory: NormalizerFactory) -> None:
     for token in TOKEN_TYPES:
         torch.testing.assert_close(getattr(back, token), getattr(raw, token))
         scale, shift = normalizer.affine(token)
-        assert scale.shape == shift.shape == (getattr(WIDTHS, token),)
-        torch.testing.assert_close(getattr(result, token) * scale + shift, getattr(raw, token))
+        width = getattr(WIDTHS, token)
+        assert shift.shape == (width,)
+        assert scale.shape in ((width,), (width, width))
+        s = getattr(result, token)
+        mapped = (s * scale if scale.ndim == 1 else s @ scale) + shift
+        torch.testing.assert_close(mapped, getattr(raw, token))
     assert back.grid == result.grid == (3, 3)
 
 
@@ -212,7 +223,7 @@ def test_state_survives_a_checkpoint_and_bfloat16(factory: NormalizerFactory) ->
 
 
 @every_kind
-def test_buffers_are_float32_under_another_default_dtype(factory: NormalizerFactory) -> None:
+def test_buffers_are_exact_under_another_default_dtype(factory: NormalizerFactory) -> None:
     torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does
     try:
         normalizer = factory.build(WIDTHS)
@@ -223,7 +234,8 @@ def test_buffers_are_float32_under_another_default_dtype(factory: NormalizerFact
         torch.set_default_dtype(torch.float32)
     assert outputs.summary.dtype == outputs.patches.dtype == torch.float32
     kinds = {buffer.dtype for buffer in normalizer.buffers()}
-    assert kinds <= {torch.float32, torch.int64}
+    assert kinds <= {torch.float32, torch.float64, torch.int64}
+    assert all(b.dtype != torch.float64 for n, b in normalizer.named_buffers() if "_mean" in n)
 
 
 @every_kind
@@ -260,7 +272,7 @@ def test_two_ranks_equal_one_process() -> None:
 
 
 def test_a_nan_does_not_stay_in_the_statistics() -> None:
-    for factory in FACTORIES[:3]:
+    for factory in LEARNING:
         normalizer = factory.build(WIDTHS)
         good = batches(2)
         normalizer.update(good[0])
@@ -273,7 +285,7 @@ def test_a_nan_does_not_stay_in_the_statistics() -> None:
 
 
 def test_one_observation_leaves_the_deviation_alone() -> None:
-    for factory in FACTORIES[:3]:
+    for factory in LEARNING:
         normalizer = factory.build(Widths(3, None))
         normalizer.update(TokenFeatures(torch.randn(1, 3)))
         torch.testing.assert_close(normalizer.get_buffer("summary_std"), torch.ones(3))
@@ -298,6 +310,11 @@ def test_factories_check_their_settings() -> None:
         lambda: EMAStandardizers(total_steps=0),
         lambda: BatchStandardizers(momentum=0.0),
         lambda: FixedStandardizers(images=1),
+        lambda: GlobalStandardizers(images=1),
+        lambda: PHISNormalizers(images=1),
+        lambda: PHISNormalizers(every=0),
+        lambda: WhiteningNormalizers(images=1),
+        lambda: WhiteningNormalizers(floor=0.0),
     ):
         with pytest.raises(ValueError, match="received"):
             wrong()

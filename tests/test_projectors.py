@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from multikd.projectors import (
+    ConvProjectors,
     LinearProjectors,
     MLPProjectors,
     ProjectorFactory,
+    ResidualMLPProjectors,
     TransformerProjectors,
 )
 from multikd.types import TokenFeatures, Widths
@@ -17,6 +19,8 @@ from multikd.types import TokenFeatures, Widths
 FACTORIES = [
     LinearProjectors(),
     MLPProjectors(hidden=6, last_hidden=10),
+    ResidualMLPProjectors(hidden=12),
+    ResidualMLPProjectors(hidden=12, blocks=2, patches_hidden=8),
     TransformerProjectors(heads=2),
     TransformerProjectors(depth=2, heads=4, layer_scale=0.0, mlp_ratio=2.0),
 ]
@@ -133,3 +137,84 @@ def test_projectors_build_on_the_meta_device() -> None:
         for factory in FACTORIES:
             projector = factory.build(Widths(8, 8), Widths(5, 6), last=True)
             assert all(p.is_meta for p in projector.parameters())
+
+
+# --- RADIO, EUPE, Theia ---------------------------------------------------------------------------
+
+
+def normed(h: torch.Tensor) -> torch.Tensor:
+    centred = h - h.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def test_the_residual_mlp_by_its_formula() -> None:
+    factory = ResidualMLPProjectors(hidden=10, blocks=1, patches_hidden=6)
+    projector = factory.build(Widths(8, 8), Widths(5, 7), last=True)
+    given = features(Widths(8, 8))
+    for layers, x, received in (
+        (projector.summary, given.summary, projector(given).summary),
+        (projector.patches, given.patches, projector(given).patches),
+    ):
+        first, block, norm, _, last = layers
+        h = x @ first.weight.T + first.bias
+        h = h + nn.functional.gelu(normed(h)) @ block[2].weight.T
+        expected = nn.functional.gelu(normed(h) * norm.weight) @ last.weight.T + last.bias
+        torch.testing.assert_close(received, expected)
+    assert [first.out_features for first in (projector.summary[0], projector.patches[0])] == [10, 6]
+    # Without blocks: EUPE's Linear, LN, GELU, Linear.
+    plain = ResidualMLPProjectors(hidden=10).build(Widths(8, 8), Widths(5, 7), last=True)
+    kinds = [nn.Linear, nn.LayerNorm, nn.GELU, nn.Linear]
+    assert [type(layer) for layer in plain.summary] == kinds
+
+
+def test_the_convolutional_translator_sees_neighbours_in_the_right_places() -> None:
+    projector = ConvProjectors(depth=2, hidden=6).build(Widths(8, 8), Widths(5, 7), last=True)
+    given = TokenFeatures(torch.randn(2, 8), torch.randn(2, 30, 8), (5, 6))
+    given.patches.requires_grad_()
+    result = projector(given)
+    assert result.widths == Widths(5, 7)
+    assert result.grid == (5, 6)
+    result.patches[0, 2 * 6 + 3].sum().backward()
+    reached = given.patches.grad.abs().sum(2).view(2, 5, 6) > 0
+    expected = torch.zeros(2, 5, 6, dtype=torch.bool)
+    expected[0, 0:5, 1:6] = True  # two 3×3 convolutions around (2, 3)
+    assert torch.equal(reached, expected)
+    # Against torch's own on a map.
+    maps = given.patches.detach().view(2, 5, 6, 8)
+    for stage in projector.stages:
+        maps = nn.functional.conv2d(
+            maps.permute(0, 3, 1, 2), stage.conv.weight, stage.conv.bias, padding=1
+        ).permute(0, 2, 3, 1)
+        maps = nn.functional.layer_norm(maps, (6,)).relu()
+    torch.testing.assert_close(result.patches, projector.patches(maps.reshape(2, 30, 6)))
+
+
+def test_the_convolutional_translator_trains_all_of_itself() -> None:
+    for teacher in (Widths(5, 7), Widths(None, 7)):
+        projector = ConvProjectors().build(Widths(8, 8), teacher, last=False)
+        result = projector(features(Widths(8, 8)))
+        assert result.widths == teacher
+        total = result.patches.square().sum()
+        (total if result.summary is None else total + result.summary.square().sum()).backward()
+        for name, parameter in projector.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_new_projectors_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="needs a teacher with patches"):
+        ConvProjectors().build(Widths(8, 8), Widths(5, None), last=True)
+    with pytest.raises(ValueError, match="rung has none"):
+        ConvProjectors().build(Widths(8, None), Widths(5, 7), last=True)
+    with pytest.raises(ValueError, match="needs patches on a grid"):
+        ConvProjectors().build(Widths(8, 8), Widths(None, 7), last=True)(
+            TokenFeatures(torch.zeros(1, 8))
+        )
+    for wrong in (
+        lambda: ConvProjectors(depth=0),
+        lambda: ConvProjectors(hidden=0),
+        lambda: ResidualMLPProjectors(hidden=0),
+        lambda: ResidualMLPProjectors(blocks=-1),
+    ):
+        with pytest.raises(ValueError, match="received"):
+            wrong()

@@ -44,6 +44,11 @@ class DrawKey(NamedTuple):
         """The ``number``-th recorded view of a sample."""
         return DrawKey(seed, Stream.RECORDED_VIEW, dataset, sample, (view << 32) | number)
 
+    def shared(self) -> DrawKey:
+        """The key of the first view of the same sample: what all its views have in common."""
+        recorded = self.stream == Stream.RECORDED_VIEW
+        return self._replace(c=self.c & 0xFFFFFFFF if recorded else 0)
+
     def uniforms(self, count: int) -> list[float]:
         """``count`` draws in [0, 1)."""
         drawn: list[float] = uniforms(
@@ -259,6 +264,73 @@ class LightViews(ViewPolicy):
         if values[4]:
             view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return crops.to_tensor(view)
+
+
+class ShiftedViews(ViewPolicy):
+    """Views of one crop that are shifted against one another by whole patches (C-RADIOv4).
+
+    Two of them in ``train_views``, with the same settings, give two views of each image: the same
+    crop and flip for both, and for each a shift of its own by up to ``most`` patches each way.
+    Layout of the parameters: ``shift_top, shift_left`` (how far the view lies down and right of the
+    crop's centre, in sides of the view), then ``top, left, height, width`` of the crop with its
+    margin, and ``flip``. Losses that compare shifted views read the first two.
+
+    Args:
+        size: side of the view, whole patches.
+        patch: pixels of a patch: of the student's, if grids are to stay aligned.
+        most: largest shift in patches.
+        scale: range of the crop's share of the image's area (with its margin).
+        ratio: range of the crop's aspect ratio.
+        flip: probability.
+        recorded: see ``ViewPolicy``.
+    """
+
+    names = ("shift_top", "shift_left", *_BOX, "flip")
+
+    def __init__(
+        self,
+        size: int = 224,
+        patch: int = 16,
+        most: int = 2,
+        scale: Range = (0.5, 1.0),
+        ratio: Range = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        recorded: int | None = None,
+    ) -> None:
+        self._check(size, recorded)
+        if patch < 1 or size % patch:
+            raise ValueError(
+                f"a shifted view must be whole patches wide: size must be a multiple of patch, "
+                f"received {size} and {patch}"
+            )
+        if not 0 <= 2 * most < size // patch:
+            raise ValueError(
+                f"most must be 0 or more and two views must overlap, so below "
+                f"{size // patch / 2:g} for {size // patch} patches, received {most}"
+            )
+        self.patch, self.most = patch, most
+        self.scale, self.ratio = _scale(scale), _range("ratio", ratio)
+        self.flip = _probability("flip", flip)
+
+    def draw(self, key: DrawKey, image_size: tuple[int, int]) -> Parameters:
+        """See the class for the layout."""
+        common = key.shared().uniforms(BOX_DRAWS + 1)
+        box = crops.crop_box(common, image_size, self.scale, self.ratio)
+        # Behind the common draws, so that the first view's shift is no function of its crop.
+        own = key.uniforms(BOX_DRAWS + 3)[-2:]
+        steps = [int(u * (2 * self.most + 1)) - self.most for u in own]
+        shift = [step * self.patch / self.size for step in steps]
+        return np.array((*shift, *box, common[-1] < self.flip), dtype=np.float32)
+
+    def apply(self, image: Image.Image, parameters: Parameters) -> Tensor:
+        """Crop with a margin of ``most`` patches, flip, and cut out the shifted view."""
+        values: list[float] = parameters.tolist()
+        margin = self.most * self.patch
+        view = crops.crop_resize(image, values[2:6], self.size + 2 * margin)
+        if values[6]:
+            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        top, left = (margin + round(shift * self.size) for shift in values[:2])
+        return crops.to_tensor(view.crop((left, top, left + self.size, top + self.size)))
 
 
 class EvalViews(ViewPolicy):

@@ -30,13 +30,15 @@ _AFFINE = 1e-5
 def affine_map(normalizer: FeatureNormalizer, token: TokenType) -> tuple[Tensor, Tensor]:
     """``(scale, shift)`` in float64 with ``inverse(s) = s · scale + shift``.
 
-    ``scale`` is ``(D,)`` where ``affine`` tells the whole inverse, else the matrix ``(D, D)`` (of a
-    normaliser that rotates), found by probing ``inverse`` itself.
+    What ``affine`` tells, ``(D,)`` or a matrix ``(D, D)`` (then ``s @ scale``), where it is the
+    whole inverse; else a matrix that is found by probing ``inverse`` itself.
 
     Raises:
         ValueError: the inverse is not affine, so that no linear layer can take it up.
     """
     width = cast(int, getattr(normalizer.widths, token))
+    if token in normalizer.raw:
+        return torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
 
     def inverse(rows: Tensor) -> Tensor:
         result = normalizer.inverse(TokenFeatures(**_tokens(token, rows)))
@@ -49,7 +51,8 @@ def affine_map(normalizer: FeatureNormalizer, token: TokenType) -> tuple[Tensor,
         rows = 3.0 * torch.randn(8, width, dtype=torch.float64, generator=generator)
         expected = inverse(rows)
         scale, shift = (t.detach().double().cpu() for t in normalizer.affine(token))
-        if scale.ndim == 1 and _close(rows * scale + shift, expected):
+        told = rows * scale if scale.ndim == 1 else rows @ scale
+        if _close(told + shift, expected):
             return scale, shift
         shift = inverse(torch.zeros(1, width, dtype=torch.float64))[0]
         matrix = inverse(torch.eye(width, dtype=torch.float64)) - shift

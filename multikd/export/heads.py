@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from multikd.export import standalone
 from multikd.export.folding import fold
 from multikd.export.trained_heads import TrainedHead, predict
-from multikd.projectors import (
-    Projector,
-    TransformerProjector,
-)
+from multikd.projectors import ConvProjector, ConvStage, Projector, Residual, TransformerProjector
 from multikd.students import StudentEncoder
 from multikd.types import TOKEN_TYPES
 
@@ -92,6 +89,10 @@ def describe(projector: Projector) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(projector, TransformerProjector):
         about["blocks"] = [_describe_block(block) for block in projector.blocks]
         state |= {f"blocks.{k}": v for k, v in projector.blocks.state_dict().items()}
+    if isinstance(projector, ConvProjector):
+        stages = [cast(ConvStage, stage).conv for stage in projector.stages]
+        about["stages"] = [[conv.in_channels, conv.out_channels] for conv in stages]
+        state |= {f"stages.{k}": v for k, v in projector.stages.state_dict().items()}
     for token in TOKEN_TYPES:
         part = cast("nn.Module | None", getattr(projector, token))
         if part is None:
@@ -111,6 +112,8 @@ def _describe_layer(layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, nn.LayerNorm):
         shape = list(layer.normalized_shape)
         return {"kind": "layer_norm", "normalized_shape": shape, "eps": layer.eps}
+    if isinstance(layer, Residual):
+        return {"kind": "residual", "layers": [_describe_layer(inner) for inner in layer]}
     if isinstance(layer, nn.GELU):
         return {"kind": "gelu", "approximate": layer.approximate}
     for kind, name in ((nn.ReLU, "relu"), (nn.SiLU, "silu")):

@@ -298,6 +298,8 @@ class _Projector(nn.Module):
         super().__init__()
         blocks = about.get("blocks")
         self.blocks = None if blocks is None else nn.Sequential(*[_block(b) for b in blocks])
+        stages = about.get("stages")
+        self.stages = None if stages is None else nn.Sequential(*[_Stage(*s) for s in stages])
         self.summary = _layers(about["summary"])
         self.patches = _layers(about["patches"])
 
@@ -310,11 +312,34 @@ class _Projector(nn.Module):
             parts = [summary.unsqueeze(1)] + ([] if patches is None else [patches])
             mixed = self.blocks(torch.cat(parts, dim=1))
             summary, patches = mixed[:, 0], None if patches is None else mixed[:, 1:]
+        if self.stages is not None and patches is not None and features.grid is not None:
+            maps = patches.reshape(len(patches), *features.grid, -1)
+            patches = self.stages(maps).flatten(1, 2)
         return Features(
             None if self.summary is None else self.summary(summary),
             None if self.patches is None or patches is None else self.patches(patches),
             features.grid,
         )
+
+
+class _Stage(nn.Module):
+    """A 3×3 convolution of a map ``(B, h, w, D)``, layer norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm = nn.LayerNorm(outputs)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        convolved = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return cast(Tensor, self.norm(convolved)).relu()
+
+
+class _Residual(nn.Sequential):
+    """What its layers change, added to their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + cast(Tensor, super().forward(x))  # type: ignore[no-untyped-call]
 
 
 def _layers(about: list[dict[str, Any]] | None) -> nn.Sequential | None:
@@ -327,8 +352,11 @@ def _layers(about: list[dict[str, Any]] | None) -> nn.Sequential | None:
         "relu": nn.ReLU,
         "silu": nn.SiLU,
     }
-    made = []
+    made: list[nn.Module] = []
     for layer in about:
+        if layer["kind"] == "residual":
+            made.append(_Residual(*cast(nn.Sequential, _layers(layer["layers"]))))
+            continue
         settings = {key: value for key, value in layer.items() if key != "kind"}
         made.append(kinds[layer["kind"]](**settings))
     return nn.Sequential(*made)

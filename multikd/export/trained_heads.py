@@ -72,7 +72,9 @@ def trained_heads(trained: TrainedStudent, names: Sequence[str]) -> list[Trained
     for name in names:
         normalizer = _normalizer(settings, state, name)
         factory = _instantiate(ProjectorFactory, settings.get("projectors")) or MLPProjectors()
-        widths = {name: _projected(settings, name, normalizer.widths)}
+        loss = _loss(settings, name)
+        normalizer.raw = loss.raw
+        widths = {name: _projected(name, normalizer.widths, loss)}
         ladder = Ladder(trained.student.widths, widths, factory)
         _load(ladder, name, _part(state, f"ladder.projectors.{name}."))
         facts = trained.teachers.get(name, {})
@@ -102,11 +104,14 @@ def _normalizer(settings: dict[str, Any], state: dict[str, Tensor], name: str) -
     return normalizer
 
 
-def _projected(settings: dict[str, Any], name: str, widths: Widths) -> Widths:
+def _loss(settings: dict[str, Any], name: str) -> DistillationLoss:
+    chosen = (settings.get("teacher_losses") or {}).get(name) or settings.get("loss")
+    return _instantiate(DistillationLoss, chosen) or FeatureLoss()
+
+
+def _projected(name: str, widths: Widths, loss: DistillationLoss) -> Widths:
     from multikd.modules.distillation import projected_widths  # brings Lightning with it
 
-    chosen = (settings.get("teacher_losses") or {}).get(name) or settings.get("loss")
-    loss = _instantiate(DistillationLoss, chosen) or FeatureLoss()
     return projected_widths(name, widths, loss)
 
 

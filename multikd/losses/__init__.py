@@ -1,5 +1,6 @@
 """Objectives, dropping, balancing, and the terms beside the teachers'."""
 
+from multikd.losses.angle import AngleLoss
 from multikd.losses.balancing import (
     DynamicWeightAverage,
     FixedWeights,
@@ -7,6 +8,7 @@ from multikd.losses.balancing import (
     LossBalancer,
     UncertaintyWeights,
 )
+from multikd.losses.combined import LossSum
 from multikd.losses.dropping import (
     HardestKept,
     NoDropping,
@@ -15,20 +17,27 @@ from multikd.losses.dropping import (
     hardest_kept,
     weigh,
 )
-from multikd.losses.feature import DistillationLoss, FeatureLoss
+from multikd.losses.feature import DistillationLoss, FeatureLoss, MSELoss
 from multikd.losses.labels import LabelLoss, Term
+from multikd.losses.relation import GramLoss
+from multikd.losses.shift import ShiftEquivariantMSE
 
 __all__ = [
+    "AngleLoss",
     "DistillationLoss",
     "DynamicWeightAverage",
     "FeatureLoss",
     "FixedWeights",
+    "GramLoss",
     "HardestKept",
     "InverseLossScale",
     "LabelLoss",
     "LossBalancer",
+    "LossSum",
+    "MSELoss",
     "NoDropping",
     "RandomTeachers",
+    "ShiftEquivariantMSE",
     "TeacherDropper",
     "Term",
     "UncertaintyWeights",

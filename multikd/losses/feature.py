@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from multikd.functional import full_precision, per_image, token_distance, without_autocast
-from multikd.types import TOKEN_TYPES, Batch, TokenFeatures, TokenType
+from multikd.types import TOKEN_TYPES, Batch, TokenFeatures, TokenType, Widths
 
 
 class DistillationLoss(nn.Module):
@@ -14,9 +14,18 @@ class DistillationLoss(nn.Module):
 
     Attributes:
         tokens: the token types that it reads; others get no projector.
+        raw: those of them that it compares in the teacher's own space: they are not normalised,
+            and the student's heads predict them as the teacher gives them.
+        uses_shift: ``forward`` also takes ``shift (B, 2)``: how far, in view sides and as (down,
+            right), the student's view lies from the teacher's; None where both saw one view.
     """
 
     tokens: tuple[TokenType, ...] = TOKEN_TYPES
+    raw: tuple[TokenType, ...] = ()
+    uses_shift: bool = False
+
+    def bind(self, widths: Widths) -> None:
+        """Learn the teacher's widths, before training; each teacher has a loss of its own then."""
 
     def forward(
         self, prediction: TokenFeatures, target: TokenFeatures, batch: Batch | None = None
@@ -34,12 +43,68 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError
 
 
-class FeatureLoss(DistillationLoss):
+class TokenLoss(DistillationLoss):
+    """Base: a weighted mean of the distances of summary and patches.
+
+    Where a teacher lacks a token type the other one takes all the weight, so that teachers stay
+    comparable.
+
+    Args:
+        summary: weight of the summary.
+        patches: weight of the patches.
+
+    Raises:
+        ValueError: for negative weights, or where both are 0.
+    """
+
+    def __init__(self, summary: float, patches: float) -> None:
+        super().__init__()
+        check_weights("summary and patches", summary, patches)
+        self.weights: dict[TokenType, float] = {"summary": summary, "patches": patches}
+        self.tokens = tuple(token for token in TOKEN_TYPES if self.weights[token] > 0)
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Distance of vectors, ``(…, D)`` → ``(…)``, float32 or float64 outside autocast."""
+        raise NotImplementedError
+
+    def forward(
+        self, prediction: TokenFeatures, target: TokenFeatures, batch: Batch | None = None
+    ) -> Tensor:
+        """See ``DistillationLoss``.
+
+        Raises:
+            ValueError: if shapes differ, or no weighted token type is in both.
+        """
+        pairs = self._pairs(prediction, target)
+        total = sum(weight for weight, _, _ in pairs)
+        with without_autocast(pairs[0][1].device):
+            losses = [
+                (weight / total) * per_image(self.distance(full_precision(s), full_precision(y)))
+                for weight, s, y in pairs
+            ]
+            return torch.stack(losses).sum(0)
+
+    def _pairs(
+        self, prediction: TokenFeatures, target: TokenFeatures
+    ) -> list[tuple[float, Tensor, Tensor]]:
+        pairs = []
+        for token in self.tokens:
+            pair = pair_of(prediction, target, token)
+            if pair is not None:
+                pairs.append((self.weights[token], *pair))
+        if not pairs:
+            raise ValueError(
+                f"prediction {prediction.widths} and target {target.widths} share no token type "
+                f"with a weight: the weights are {self.weights}"
+            )
+        return pairs
+
+
+class FeatureLoss(TokenLoss):
     """Cosine distance and smooth-L1 on summary and patches, as UNIC and DUNE weigh them.
 
     ``w_s·d(summary) + w_p·mean over patches of d(patch)`` with
-    ``d = cosine·(1 − cos(s, y)) + smooth_l1·smoothL1_β(s, y)`` (mean over the width). Where a
-    teacher lacks a token type the other one takes all the weight, so that teachers stay comparable.
+    ``d = cosine·(1 − cos(s, y)) + smooth_l1·smoothL1_β(s, y)`` (mean over the width).
 
     An image with a NaN or infinity in prediction or target gets a loss that is not finite, so that
     it is seen; if that loss is dropped (``weigh``), it leaves no gradient. Differentiable once.
@@ -63,60 +128,60 @@ class FeatureLoss(DistillationLoss):
         summary: float = 0.5,
         patches: float = 0.5,
     ) -> None:
-        super().__init__()
-        for names, weights in (
-            ("cosine and smooth_l1", (cosine, smooth_l1)),
-            ("summary and patches", (summary, patches)),
-        ):
-            if min(weights) < 0 or sum(weights) <= 0:
-                raise ValueError(
-                    f"{names} must be weights of 0 or more, not both 0, received {weights}"
-                )
+        check_weights("cosine and smooth_l1", cosine, smooth_l1)
+        super().__init__(summary, patches)
         if beta < 0:
             raise ValueError(f"beta must be 0 or more, received {beta}")
         self.cosine = cosine
         self.smooth_l1 = smooth_l1
         self.beta = beta
-        self.weights: dict[TokenType, float] = {"summary": summary, "patches": patches}
-        self.tokens = tuple(token for token in TOKEN_TYPES if self.weights[token] > 0)
 
-    def forward(
-        self, prediction: TokenFeatures, target: TokenFeatures, batch: Batch | None = None
-    ) -> Tensor:
-        """See ``DistillationLoss``.
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """See ``TokenLoss``."""
+        return token_distance(prediction, target, self.cosine, self.smooth_l1, self.beta)
 
-        Raises:
-            ValueError: if shapes differ, or no weighted token type is in both.
-        """
-        pairs = self._pairs(prediction, target)
-        total = sum(weight for weight, _, _ in pairs)
-        with without_autocast(pairs[0][1].device):
-            losses = [(weight / total) * self._distance(s, y) for weight, s, y in pairs]
-            return torch.stack(losses).sum(0)
 
-    def _pairs(
-        self, prediction: TokenFeatures, target: TokenFeatures
-    ) -> list[tuple[float, Tensor, Tensor]]:
-        pairs = []
-        for token in TOKEN_TYPES:
-            s: Tensor | None = getattr(prediction, token)
-            y: Tensor | None = getattr(target, token)
-            if s is None or y is None or self.weights[token] == 0:
-                continue
-            if s.shape != y.shape:
-                raise ValueError(
-                    f"prediction and target differ in their {token}: {tuple(s.shape)} and "
-                    f"{tuple(y.shape)}; resample the target to the prediction's grid, and build "
-                    "the ladder from this teacher's widths"
-                )
-            pairs.append((self.weights[token], s, y))
-        if not pairs:
-            raise ValueError(
-                f"prediction {prediction.widths} and target {target.widths} share no token type "
-                f"with a weight: the weights are {self.weights}"
-            )
-        return pairs
+class MSELoss(TokenLoss):
+    """Mean squared error over the width, on summary and patches (PHI-S, arXiv 2410.01680).
 
-    def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        s, y = full_precision(prediction), full_precision(target)
-        return per_image(token_distance(s, y, self.cosine, self.smooth_l1, self.beta))
+    Args:
+        summary: weight of the summary.
+        patches: weight of the patches.
+
+    Raises:
+        ValueError: for negative weights, or where both are 0.
+    """
+
+    def __init__(self, summary: float = 0.5, patches: float = 0.5) -> None:
+        super().__init__(summary, patches)
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """See ``TokenLoss``."""
+        return (prediction - target).square().mean(-1)
+
+
+def pair_of(
+    prediction: TokenFeatures, target: TokenFeatures, token: TokenType
+) -> tuple[Tensor, Tensor] | None:
+    """Both sides' tensors of a token type; None where one lacks it.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    s: Tensor | None = getattr(prediction, token)
+    y: Tensor | None = getattr(target, token)
+    if s is None or y is None:
+        return None
+    if s.shape != y.shape:
+        raise ValueError(
+            f"prediction and target differ in their {token}: {tuple(s.shape)} and "
+            f"{tuple(y.shape)}; resample the target to the prediction's grid, and build "
+            "the ladder from this teacher's widths"
+        )
+    return s, y
+
+
+def check_weights(names: str, *weights: float) -> None:
+    """Refuse negative weights, and all 0."""
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"{names} must be weights of 0 or more, not both 0, received {weights}")

@@ -6,6 +6,7 @@ losses ``L (T, B)``, dropping and weights ``w (T, B)``, and one number.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -27,6 +28,7 @@ from multikd.losses.balancing import FixedWeights, LossBalancer
 from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
 from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.labels import Term
+from multikd.losses.shift import view_shift
 from multikd.modules.ema import StudentAverage
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
@@ -67,6 +69,8 @@ class DistillationModule(pl.LightningModule):
         dropper: which teachers run, and which count for which image.
         balancer: weights of the teachers.
         terms: losses beside the teachers' (labels, …), each with a weight of its own.
+        teacher_view: which of several training views the teachers see while the student learns
+            from each of the others; null: each learns from what both see.
         target_grid: on which patch grid prediction and target meet: the ``teacher``'s, the
             ``student``'s, or the ``smaller`` of the two.
         optimizer: makes the optimiser from parameter groups; its ``lr`` is that of a batch of
@@ -91,6 +95,7 @@ class DistillationModule(pl.LightningModule):
         dropper: TeacherDropper | None = None,
         balancer: LossBalancer | None = None,
         terms: dict[str, Term] | None = None,
+        teacher_view: int | None = None,
         target_grid: GridPolicy = "smaller",
         optimizer: OptimizerCallable | None = None,
         lr_batch: int | None = 256,
@@ -121,12 +126,17 @@ class DistillationModule(pl.LightningModule):
         student.freeze_unreached(uses_features, tokens_read(self.ladder, projected.values()))
         factory = normalizers or EMAStandardizers()
         self.normalizers = nn.ModuleDict(
-            {name: factory.build(teacher.widths) for name, teacher in teachers.items()}
+            {name: factory.for_teacher(name, teacher.widths) for name, teacher in teachers.items()}
         )
+        for name, teacher in teachers.items():
+            objective = cast(DistillationLoss, self.losses[name])
+            objective.bind(teacher.widths)
+            self.normalizer(name).raw = objective.raw
         self.dropper = dropper if dropper is not None else NoDropping()
         self.dropper.bind(self.teacher_names)
         self.balancer = balancer if balancer is not None else FixedWeights()
         self.balancer.bind(self.teacher_names)
+        self.teacher_view = teacher_view
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
         self.lr_batch = lr_batch
@@ -162,7 +172,12 @@ class DistillationModule(pl.LightningModule):
                     f"teacher_losses names {name!r}, which is no teacher of this run: "
                     f"they are {', '.join(self.teacher_names)}"
                 )
-        return {name: own.get(name, default) for name in self.teacher_names}
+        # What a loss learns of its teacher is not another's.
+        states = any(True for _ in default.buffers()) or any(True for _ in default.parameters())
+        return {
+            name: own[name] if name in own else copy.deepcopy(default) if states else default
+            for name in self.teacher_names
+        }
 
     # ------------------------------------------------------------------ one batch
 
@@ -212,7 +227,10 @@ class DistillationModule(pl.LightningModule):
         if training:
             names = self.dropper.select(self._step_number(batch_idx))
         output: StudentOutput = self.student(images)
-        targets = self.targets(batch, images, view, names)
+        seen = view if self.teacher_view is None or not training else self.teacher_view
+        shown = images if seen == view else to_float(batch.views[seen])
+        targets = self.targets(batch, shown, seen, names)
+        shift = None if seen == view else view_shift(batch, view, seen)
         student_grids = [rung.grid for rung in output.rungs if rung.grid is not None]
         grids: dict[str, Grid | None] = {
             name: self._grid(student_grids, targets[name].grid) for name in names
@@ -227,7 +245,8 @@ class DistillationModule(pl.LightningModule):
             target = on_grid(normalizer(raw), grids[name])
             if training:
                 normalizer.update(raw)
-            rows.append(self.losses[name](predictions[name], target, batch))
+            extra = {"shift": shift} if self.losses[name].uses_shift else {}
+            rows.append(self.losses[name](predictions[name], target, batch, **extra))
             norms[f"prediction/{name}"] = mean_norm(
                 predictions[name].summary, predictions[name].patches
             )
@@ -281,18 +300,37 @@ class DistillationModule(pl.LightningModule):
             return None
         return target_grid(student, teacher, self.grid_policy)
 
+    def target_grid(self, name: str, image_size: Grid) -> Grid | None:
+        """Where prediction and target of a teacher meet, for images of this size."""
+        grid = self.teacher(name).grid_for(image_size, self.student.spec.patch_size)
+        return self._grid([g for g in self.student.grids(image_size) if g is not None], grid)
+
     # ------------------------------------------------------------------ Lightning's hooks
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch: the mean over its views."""
         losses, records = [], []
-        for view in range(len(batch.views)):
+        for view in self.student_views(len(batch.views)):
             loss, record = self.step(batch, view, batch_idx, training=True)
             losses.append(loss)
             records.append(record)
             self._log_step(record, len(batch))
         self.last_records = tuple(records)
         return torch.stack(losses).mean()
+
+    def student_views(self, count: int) -> list[int]:
+        """Which of ``count`` views the student learns from: all but the teachers' own.
+
+        Raises:
+            ValueError: none is left, or the teachers' is none of them.
+        """
+        views = [view for view in range(count) if view != self.teacher_view]
+        if not views or (self.teacher_view is not None and not 0 <= self.teacher_view < count):
+            raise ValueError(
+                f"teacher_view={self.teacher_view} leaves the student none of {count} views: set "
+                "data.train_views to a list of two or more, of which it is one (from 0 on)"
+            )
+        return views
 
     def on_train_start(self) -> None:
         """After a checkpoint was restored: read the seed from its device, once; go on inside an
@@ -395,8 +433,9 @@ class DistillationModule(pl.LightningModule):
             batches = min(batches, epochs * float(self.trainer.num_training_batches))
         if math.isfinite(batches):
             views = getattr(getattr(self.trainer, "datamodule", None), "train_views", [None])
+            steps = max(len(views) - (self.teacher_view is not None), 1)
             for name in self.teacher_names:
-                self.normalizer(name).set_total_steps(max(int(batches) * len(views), 1))
+                self.normalizer(name).set_total_steps(max(int(batches) * steps, 1))
 
     def configure_model(self) -> None:
         """Under ``ModelParallelStrategy`` (FSDP2), shard whatever is trained, and its average."""

@@ -10,6 +10,7 @@ from multikd.backbones.digest import FORMAT, fingerprint
 
 __all__ = ["FORMAT", "combined", "file_digest", "fingerprint"]
 
+
 def combined(**parts: Any) -> str:
     """SHA-256 over named values."""
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()

@@ -20,6 +20,7 @@ from torch.nn import functional
 from multikd.teachers.encoder import ImageEncoder
 from multikd.teachers.fingerprint import weight_digest
 from multikd.teachers.folding import fold_batch_norms
+from multikd.teachers.mosaic import compose, decompose
 from multikd.teachers.registry import load_encoder
 from multikd.types import Encoder, EncoderSpec, Grid, TokenFeatures, Widths
 
@@ -43,6 +44,9 @@ class Teacher(nn.Module):
         licence: overrides the recorded one.
         checkpoint: a local weight file, for encoders given by name.
         channels_last: memory layout; None decides for it where there are many convolutions.
+        mosaic: k: k × k images are shown as one of the teacher's size (each k times smaller), and
+            its patches are cut apart again; there is no summary then. For teachers that take large
+            images only (SAM), at 1/k² of the cost.
         fold: fold batch norms into convolutions; None does so for the encoders of this package.
 
     Raises:
@@ -61,6 +65,7 @@ class Teacher(nn.Module):
         checkpoint: str | None = None,
         channels_last: bool | None = None,
         fold: bool | None = None,
+        mosaic: int = 1,
     ) -> None:
         super().__init__()
         if resize not in ("own", "grid", "none"):
@@ -69,6 +74,8 @@ class Teacher(nn.Module):
             raise ValueError(
                 f"dtype must be 'auto' or one of {sorted(_DTYPES)}, received {dtype!r}"
             )
+        if mosaic < 1:
+            raise ValueError(f"mosaic must be 1 or more images a side, received {mosaic}")
         if isinstance(encoder, str):
             built: object = load_encoder(encoder, checkpoint, image_size=image_size)
         elif checkpoint is not None:
@@ -95,6 +102,9 @@ class Teacher(nn.Module):
             module.spec = dataclasses.replace(  # type: ignore[assignment]
                 cast(Encoder, module).spec, licence=licence
             )
+        if mosaic > 1:
+            self._check_mosaic(cast(Encoder, module).spec, mosaic)
+        self.mosaic = mosaic
         self.resize: ResizePolicy = resize
         self.dtype_name: DtypeName = dtype
         self._borrowed = False
@@ -129,8 +139,9 @@ class Teacher(nn.Module):
 
     @property
     def widths(self) -> Widths:
-        """Widths of summary and patches."""
-        return self.spec.widths
+        """Widths of summary and patches (of patches alone with a mosaic)."""
+        widths = self.spec.widths
+        return widths if self.mosaic == 1 else Widths(None, widths.patches)
 
     @property
     def num_classes(self) -> int:
@@ -148,12 +159,26 @@ class Teacher(nn.Module):
             self._digest = weight_digest(self.encoder)
         spec = self.spec
         facts = (spec.image_size, spec.patch_size, spec.mean, spec.std, self.resize, spec.widths)
-        return hashlib.sha256(f"{self._digest}|{facts!r}".encode()).hexdigest()
+        tiles = "" if self.mosaic == 1 else f"|mosaic {self.mosaic}"
+        return hashlib.sha256(f"{self._digest}|{facts!r}{tiles}".encode()).hexdigest()
+
+    @staticmethod
+    def _check_mosaic(spec: EncoderSpec, mosaic: int) -> None:
+        if spec.widths.patches is None:
+            raise ValueError(f"{spec.name} has no patches to cut out of a mosaic: set mosaic to 1")
+        if any(side % (mosaic * spec.patch_size) for side in spec.image_size):
+            raise ValueError(
+                f"{spec.name} takes images of {spec.image_size} px in patches of "
+                f"{spec.patch_size} px, which {mosaic} images a side do not divide: choose "
+                "another mosaic or image_size"
+            )
 
     # ------------------------------------------------------------------ running it
 
     def input_size(self, image_size: Grid, student_patch: int | None = None) -> Grid:
         """The size to which images of ``image_size`` are brought for this teacher.
+
+        With a mosaic, that of each image in it.
 
         Raises:
             ValueError: with ``resize="grid"``, no student patch is known, the image is smaller
@@ -162,7 +187,8 @@ class Teacher(nn.Module):
         if self.resize == "none":
             return image_size
         if self.resize == "own":
-            return self.spec.image_size
+            height, width = self.spec.image_size
+            return (height // self.mosaic, width // self.mosaic)
         if not student_patch or min(image_size) < student_patch:
             raise ValueError(
                 f"{self.spec.name} resizes to the student's grid and needs a student patch of at "
@@ -170,7 +196,8 @@ class Teacher(nn.Module):
             )
         patch = self.spec.patch_size
         size = (image_size[0] // student_patch * patch, image_size[1] // student_patch * patch)
-        if self.spec.fixed_size and size != self.spec.image_size:
+        whole = (size[0] * self.mosaic, size[1] * self.mosaic)
+        if self.spec.fixed_size and whole != self.spec.image_size:
             raise ValueError(
                 f"{self.spec.name} takes {self.spec.image_size} px only, and the student's grid "
                 f"needs {size} px: use resize='own'"
@@ -182,6 +209,17 @@ class Teacher(nn.Module):
         if self.widths.patches is None:
             return None
         size = self.input_size(image_size, student_patch)
+        if self.mosaic > 1:
+            patch = self.spec.patch_size
+            if size[0] % patch or size[1] % patch:
+                raise ValueError(
+                    f"images of {size} px in a mosaic are no whole patches of {patch} px for "
+                    f"{self.spec.name}: use resize='own' or 'grid'"
+                )
+            whole = (size[0] * self.mosaic, size[1] * self.mosaic)
+            grid = self.encoder.grid_for(whole) if isinstance(self.encoder, ImageEncoder) else None
+            h, w = grid or (whole[0] // patch, whole[1] // patch)
+            return (h // self.mosaic, w // self.mosaic)
         if isinstance(self.encoder, ImageEncoder):
             return self.encoder.grid_for(size)
         return (size[0] // self.spec.patch_size, size[1] // self.spec.patch_size)
@@ -221,10 +259,13 @@ class Teacher(nn.Module):
                 pixels = functional.interpolate(
                     pixels, size, mode="bicubic", antialias=True, align_corners=False
                 ).clamp_(0.0, 1.0)
+            count = len(pixels)
+            if self.mosaic > 1:
+                pixels = compose(pixels, self.mosaic)
             if self.channels_last:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             features: TokenFeatures = self.encoder(pixels)
-        return features
+        return features if self.mosaic == 1 else decompose(features, self.mosaic, count)
 
     # ------------------------------------------------------------------ staying frozen and apart
 

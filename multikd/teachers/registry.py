@@ -17,10 +17,11 @@ from multikd.backbones import is_skeleton
 from multikd.errors import unknown_name
 from multikd.types import Encoder
 
-SCHEMES = ("timm", "open_clip", "packaged", "exported", "local-dir")
+SCHEMES = ("timm", "open_clip", "hf", "torchvision", "packaged", "exported", "local-dir", "onnx")
 _FORMS = (
     "timm:ARCHITECTURE.TAG, open_clip:ARCHITECTURE/TAG, packaged:efficientnet_lite0, "
-    "exported:FOLDER, or the import path of a class"
+    "hf:FOLDER or hf:ORG/MODEL, torchvision:NAME.WEIGHTS, onnx:FILE, exported:FOLDER, "
+    "or the import path of a class"
 )
 
 
@@ -30,8 +31,9 @@ def load_encoder(
     """The encoder that ``name`` stands for, with its weights.
 
     Args:
-        name: ``timm:NAME``, ``open_clip:ARCHITECTURE/TAG``, ``packaged:NAME``, ``exported:FOLDER``
-            or ``local-dir:FOLDER``, or ``package.module.Class`` (a class or function that takes no
+        name: ``timm:NAME``, ``open_clip:ARCHITECTURE/TAG``, ``hf:FOLDER``, ``hf:ORG/MODEL``,
+            ``torchvision:NAME.WEIGHTS``, ``onnx:FILE``, ``packaged:NAME``, ``exported:FOLDER`` or
+            ``local-dir:FOLDER``, or ``package.module.Class`` (a class or function that takes no
             argument that must be given; ``checkpoint`` and ``image_size`` are passed if it has
             them).
         checkpoint: a local weight file in place of those the name stands for.
@@ -72,12 +74,31 @@ def load_encoder(
             checkpoint=checkpoint,
             image_size=image_size,
         )
+    if scheme == "torchvision":
+        from multikd.teachers.torchvision import TorchvisionEncoder
+
+        model, _, weights = rest.partition(".")
+        if not weights and checkpoint is None and not is_skeleton():
+            raise ValueError(
+                f"{name!r} names no weights: write torchvision:{model}.DEFAULT or give "
+                "checkpoint=PATH"
+            )
+        named = weights if weights and checkpoint is None else None
+        return TorchvisionEncoder(model, named, checkpoint, image_size)
     if checkpoint is not None:
         raise ValueError(f"{name!r} carries its own weights: leave checkpoint out")
     if scheme == "packaged":
         from multikd.teachers.packaged import PackagedEncoder
 
         return PackagedEncoder(rest, image_size=image_size)
+    if scheme == "hf":
+        from multikd.teachers.hf import HuggingFaceEncoder
+
+        return HuggingFaceEncoder(rest, image_size=image_size)
+    if scheme == "onnx":
+        from multikd.teachers.onnx import OnnxEncoder
+
+        return OnnxEncoder(rest, image_size=image_size)
     from multikd.teachers.exported import ExportedEncoder
 
     return ExportedEncoder(rest, image_size=image_size)
@@ -149,7 +170,7 @@ class EncoderRow:
 
 def list_encoders(pattern: str | None = None) -> list[EncoderRow]:
     """Every encoder that has a name, packaged ones first; ``pattern`` is a glob or a part of it."""
-    rows = [*_packaged_rows(), *_timm_rows(), *_open_clip_rows()]
+    rows = [*_packaged_rows(), *_hf_rows(), *_torchvision_rows(), *_timm_rows(), *_open_clip_rows()]
     if pattern is None:
         return rows
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
@@ -167,6 +188,26 @@ def _packaged_rows() -> Iterable[EncoderRow]:
         config = timm.get_pretrained_cfg(package.architecture)
         size = None if config is None else int(config.input_size[-1])
         yield EncoderRow(f"packaged:{name}", size, package.licence, weights)
+
+
+def _hf_rows() -> Iterable[EncoderRow]:
+    from multikd.teachers.hf import FAMILIES
+
+    here = importlib.util.find_spec("transformers") is not None
+    weights = "hub or folder" if here else "pip install 'multikd[hf]'"
+    for family in FAMILIES.values():
+        yield EncoderRow(f"hf:{family.example}", None, family.licence, weights)
+
+
+def _torchvision_rows() -> Iterable[EncoderRow]:
+    import torchvision
+
+    for name in torchvision.models.list_models(module=torchvision.models):
+        for weights in torchvision.models.get_model_weights(name):
+            size = weights.transforms().crop_size[0]
+            yield EncoderRow(
+                f"torchvision:{name}.{weights.name}", size, "BSD-3-Clause", "torchvision"
+            )
 
 
 def _timm_rows() -> Iterable[EncoderRow]:

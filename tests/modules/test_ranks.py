@@ -23,14 +23,22 @@ from torch.nn.parallel import DistributedDataParallel
 from multikd.data.module import ShardDataModule
 from multikd.data.views import LightViews, UnicViews
 from multikd.losses import (
+    AngleLoss,
     DynamicWeightAverage,
     HardestKept,
     InverseLossScale,
     LabelLoss,
+    LossSum,
+    MSELoss,
     RandomTeachers,
     UncertaintyWeights,
 )
-from multikd.normalizers import BatchStandardizers, EMAStandardizers, FixedStandardizers
+from multikd.normalizers import (
+    BatchStandardizers,
+    EMAStandardizers,
+    FixedStandardizers,
+    WhiteningNormalizers,
+)
 
 GLOBAL_BATCH = 8
 LENGTHS = [3, 21, 0, 17, 1]  # 42 samples: five batches of eight
@@ -52,6 +60,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "balancer": InverseLossScale,
         "normalizers": BatchStandardizers(),
         "terms": lambda: {"labels": LabelLoss(weight=0.1)},
+    },
+    # C-RADIOv4's summaries; whitening, since it is a continuous function of the covariance.
+    "radio": {
+        "normalizers": WhiteningNormalizers(images=24, floor=1e-2),
+        "loss": LossSum({"summary": AngleLoss(), "patches": MSELoss(0.0, 1.0)}),
     },
     "two_epochs": {"balancer": DynamicWeightAverage, "epochs": 3, "views": 2, "accumulate": 2},
 }
@@ -168,7 +181,9 @@ def test_statistics_and_balancers_are_those_of_one_process(
     name: str, ranks: Any, alone: Any
 ) -> None:
     one = alone(name)["state"]
-    kept = [key for key in one if key.startswith(("normalizers.", "balancer.", "average."))]
+    kept = [
+        key for key in one if key.startswith(("normalizers.", "losses.", "balancer.", "average."))
+    ]
     assert any("summary_std" in key for key in kept)
     for rank in ranks:
         state: dict[str, Tensor] = rank[name]["state"]

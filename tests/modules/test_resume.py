@@ -18,15 +18,23 @@ from multikd.callbacks import DataFaults, FiniteLossGuard, KNNProbe, Throughput
 from multikd.data.module import ShardDataModule
 from multikd.data.views import UnicViews
 from multikd.losses import (
+    AngleLoss,
     DynamicWeightAverage,
     HardestKept,
     InverseLossScale,
     LabelLoss,
+    LossSum,
+    MSELoss,
     RandomTeachers,
     UncertaintyWeights,
 )
 from multikd.modules import DistillationModule
-from multikd.normalizers import BatchStandardizers, EMAStandardizers, FixedStandardizers
+from multikd.normalizers import (
+    BatchStandardizers,
+    EMAStandardizers,
+    FixedStandardizers,
+    PHISNormalizers,
+)
 from multikd.optim import WarmupCosine
 
 EPOCHS = 3  # dynamic weight average looks two epochs back
@@ -51,6 +59,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "normalizers": BatchStandardizers(),
         "terms": lambda: {"labels": LabelLoss()},
         "ema_decay": 0.5,
+        "precision": "bf16-mixed",
+    },
+    "radio": {
+        "normalizers": PHISNormalizers(images=36),
+        "loss": LossSum({"summary": AngleLoss(), "patches": MSELoss(0.0, 1.0)}),
         "precision": "bf16-mixed",
     },
 }
@@ -140,6 +153,7 @@ MOMENTS: dict[str, dict[str, Any]] = {
         ("whole_teachers", "epoch_end"),
         ("whole_teachers", "validation"),
         ("dune", "epoch_end"),
+        ("radio", "last_batch"),
     ],
 )
 def test_a_resumed_run_repeats_the_losses(

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from multikd.checkpoints import load_student
 from multikd.evaluation import knn_predict
+from multikd.evaluation.cost import processor
 from multikd.export.calibration import CalibrationSet, calibration_set
 from multikd.export.commands import ExportSettings, run_export
-from multikd.export.cost import processor
 from multikd.export.deployed import DeployedEncoder
 from multikd.export.onnx import onnx_runner
 from multikd.export.parity import relative_error

@@ -1,178 +1,21 @@
-"""Target normalisers: one teacher's features, standardised per token type.
+"""Standardisers of single dimensions: UNIC's running one, DUNE's batch one, fixed statistics.
 
-Statistics are over images (summary) or images and patches (patches), on the teacher's own grid,
-over all ranks, and live in float32 buffers. A step calls ``forward`` first and ``update`` after
-it. The factories at the end are what YAML names.
+The factories at the end are what YAML names.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multikd.distributed import combine_moments
-from multikd.functional import batch_moments, full_precision
+from multikd.normalizers.base import EPS, FeatureNormalizer, Moments, NormalizerFactory
+from multikd.normalizers.measured import Statistics, read_statistics
 from multikd.types import TOKEN_TYPES, TokenFeatures, TokenType, Widths
-
-EPS = 1e-6
-
-
-class KeepsDtype(nn.Module):
-    """Parameters and buffers move between devices but are never cast.
-
-    ``.to(bfloat16)``, ``.half()`` and Lightning's ``bf16-true`` leave running statistics as exact
-    as they were: in bfloat16 a counter stops at 256, and a moving average stops at once. Only this
-    module's own; its children go through their own ``_apply``.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            # From the original values: a round trip would have rounded them already.
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        if recurse:
-            for child in self.children():
-                child._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(keep, recurse=False)  # type: ignore[no-untyped-call]
-        return self
-
-
-class Moments(NamedTuple):
-    """Of one token type over all ranks, each ``(D,)``: observations, mean, centred squares."""
-
-    n: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    def std(self, fallback: Tensor) -> Tensor:
-        """Unbiased deviation, float32; ``fallback`` where one observation tells none."""
-        std = (self.m2 / (self.n - 1.0).clamp(min=1.0)).sqrt().float()
-        return torch.where(self.n > 1.0, std, fallback)
-
-
-class FeatureNormalizer(KeepsDtype):
-    """Base, and the normaliser that changes nothing but the dtype.
-
-    Buffers, all float32 and float32 for good (``.to(bfloat16)`` moves but does not round them):
-    ``<token>_mean (D,)`` and ``<token>_std (D,)`` of each token type that the teacher has.
-
-    Args:
-        widths: of the teacher.
-    """
-
-    def __init__(self, widths: Widths) -> None:
-        super().__init__()
-        self.widths = widths
-        for token in TOKEN_TYPES:
-            width = getattr(widths, token)
-            if width is not None:
-                # The dtype is spelt out: under bf16-true the default one is bfloat16.
-                self.register_buffer(f"{token}_mean", torch.zeros(width, dtype=torch.float32))
-                self.register_buffer(f"{token}_std", torch.ones(width, dtype=torch.float32))
-
-    def forward(self, features: TokenFeatures) -> TokenFeatures:
-        """Standardise with the current statistics.
-
-        Args:
-            features: raw features of the teacher, any float dtype.
-
-        Returns:
-            the same token types in float32 (float64 stays); grid and logits as they were.
-
-        Raises:
-            ValueError: for widths that are not the teacher's.
-        """
-        return self._map(features, lambda token, x: x)
-
-    def inverse(self, features: TokenFeatures) -> TokenFeatures:
-        """Standardised features back in the teacher's own units (running statistics)."""
-
-        def undo(token: TokenType, x: Tensor) -> Tensor:
-            scale, shift = self.affine(token)
-            return x * scale + shift
-
-        return self._map(features, undo)
-
-    def affine(self, token: TokenType) -> tuple[Tensor, Tensor]:
-        """(scale, shift), each ``(D,)`` float32, with ``inverse(s) = s · scale + shift``."""
-        return torch.ones_like(self._std(token)), torch.zeros_like(self._mean(token))
-
-    def update(self, features: TokenFeatures) -> None:
-        """Learn from one batch of raw features; does nothing in eval mode.
-
-        All ranks must call it for the same steps, with the same token types.
-        """
-
-    def set_total_steps(self, steps: int) -> None:
-        """How many updates the run will make; only schedules need it."""
-
-    def rescale_updates(self, factor: float) -> None:
-        """A run goes on with ``1/factor`` times the images an update; only schedules need it."""
-
-    def _standardize(self, features: TokenFeatures) -> TokenFeatures:
-        def standardize(token: TokenType, x: Tensor) -> Tensor:
-            scale, shift = self.affine(token)
-            return (x - shift) / scale
-
-        return self._map(features, standardize)
-
-    def _map(
-        self, features: TokenFeatures, function: Callable[[TokenType, Tensor], Tensor]
-    ) -> TokenFeatures:
-        def of(token: TokenType) -> Tensor | None:
-            x = self._checked(features, token)
-            return None if x is None else function(token, x)
-
-        return TokenFeatures(
-            summary=of("summary"), patches=of("patches"), grid=features.grid, logits=features.logits
-        )
-
-    def _checked(self, features: TokenFeatures, token: TokenType) -> Tensor | None:
-        x: Tensor | None = getattr(features, token)
-        if x is None:
-            return None
-        expected = getattr(self.widths, token)
-        if x.shape[-1] != expected:
-            raise ValueError(
-                f"this normaliser was built for a {token} width of {expected}, received "
-                f"{tuple(x.shape)}: build it from the widths of this teacher"
-            )
-        return full_precision(x)
-
-    def _moments(self, features: TokenFeatures) -> dict[TokenType, Moments]:
-        """Moments over all ranks, both token types in one collective."""
-        tokens: list[TokenType] = []
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for token in TOKEN_TYPES:
-            x = self._checked(features, token)
-            if x is not None:
-                count, mean, m2 = batch_moments(x.detach(), tuple(range(x.ndim - 1)))
-                tokens.append(token)
-                parts.append((count.expand_as(mean), mean, m2))
-        if not parts:
-            return {}
-        combined = combine_moments(*(torch.cat(row) for row in zip(*parts, strict=True)))
-        sizes = [part[1].shape[0] for part in parts]
-        columns = [torch.split(c, sizes) for c in combined]
-        return {token: Moments(*(c[i] for c in columns)) for i, token in enumerate(tokens)}
-
-    def _mean(self, token: TokenType) -> Tensor:
-        return self._buffer(token, "mean")
-
-    def _std(self, token: TokenType) -> Tensor:
-        return self._buffer(token, "std")
-
-    def _buffer(self, token: TokenType, kind: str) -> Tensor:
-        if getattr(self.widths, token) is None:
-            raise ValueError(f"this teacher has no {token}: its widths are {self.widths}")
-        return cast(Tensor, getattr(self, f"{token}_{kind}"))
 
 
 class EMAStandardizer(FeatureNormalizer):
@@ -318,7 +161,8 @@ class FixedStandardizer(FeatureNormalizer):
         # Patches alone: as many observations an image as there are patches.
         per_image = (
             1
-            if features.summary is not None or features.patches is None
+            if (features.summary is not None and "summary" not in self.raw)
+            or features.patches is None
             else (features.patches.shape[1])
         )
         counts = [self._accumulate(t, m) for t, m in self._moments(features).items()]
@@ -346,17 +190,36 @@ class FixedStandardizer(FeatureNormalizer):
         count += counted
         return counted
 
+    def set_statistics(self, statistics: Mapping[TokenType, Statistics]) -> None:
+        """Take measured statistics in place of measuring; nothing is learnt from then on."""
+        for token, of in statistics.items():
+            variance = of.covariance.diagonal().clamp(min=0.0)
+            self._buffer(token, "origin").copy_(of.mean)
+            self._buffer(token, "offset").zero_()
+            self._buffer(token, "m2").copy_(variance * (of.n - 1))
+            self._buffer(token, "count").fill_(of.n)
+            self._mean(token).copy_(of.mean)
+            self._std(token).copy_(variance.sqrt())
+        self.images_seen.fill_(self.images)
+        self._frozen = True
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._frozen = False  # the next update looks at what was loaded
 
 
-class NormalizerFactory(ABC):
-    """Makes the normaliser of one teacher from its widths."""
+class GlobalStandardizer(FixedStandardizer):
+    """One deviation for all dimensions: ``(y − μ)/σ`` with ``σ² = mean over D of σ_d²``.
 
-    @abstractmethod
-    def build(self, widths: Widths) -> FeatureNormalizer:
-        """A normaliser for a teacher of these widths."""
+    The balance between dimensions stays the teacher's own (as with PHI-S, but without its
+    rotation, so single dimensions have another variance than 1).
+    """
+
+    def affine(self, token: TokenType) -> tuple[Tensor, Tensor]:
+        """See ``FeatureNormalizer``."""
+        std = self._std(token)
+        scale = std.double().square().mean().sqrt().float().clamp(min=EPS)
+        return scale.expand_as(std), self._mean(token)
 
 
 @dataclass
@@ -403,30 +266,44 @@ class BatchStandardizers(NormalizerFactory):
 
 @dataclass
 class FixedStandardizers(NormalizerFactory):
-    """Statistics measured once and kept.
+    """Statistics of each dimension, measured once and kept.
 
     Args:
         images: how many images (of all ranks) are measured.
+        statistics: a file of ``multikd teachers stats``: nothing is measured in training.
     """
 
     images: int = 8192
+    statistics: str | None = None
 
     def __post_init__(self) -> None:
         if self.images < 2:
             raise ValueError(f"images must be 2 or more, received {self.images}")
 
-    def build(self, widths: Widths) -> FeatureNormalizer:
+    def build(self, widths: Widths) -> FixedStandardizer:
         """See ``NormalizerFactory``."""
         return FixedStandardizer(widths, self.images)
 
+    def for_teacher(self, name: str, widths: Widths) -> FeatureNormalizer:
+        """See ``NormalizerFactory``."""
+        normalizer = self.build(widths)
+        if self.statistics is not None:
+            normalizer.set_statistics(read_statistics(self.statistics, name, widths))
+        return normalizer
+
 
 @dataclass
-class NoNormalizers(NormalizerFactory):
-    """Targets as the teachers give them, in float32."""
+class GlobalStandardizers(FixedStandardizers):
+    """A mean of each dimension and one deviation for all, measured once and kept.
 
-    def build(self, widths: Widths) -> FeatureNormalizer:
+    Args:
+        images: how many images (of all ranks) are measured.
+        statistics: a file of ``multikd teachers stats``: nothing is measured in training.
+    """
+
+    def build(self, widths: Widths) -> GlobalStandardizer:
         """See ``NormalizerFactory``."""
-        return FeatureNormalizer(widths)
+        return GlobalStandardizer(widths, self.images)
 
 
 def _move(buffer: Tensor, value: Tensor, momentum: Tensor) -> None:
