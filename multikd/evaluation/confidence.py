@@ -68,6 +68,7 @@ class Calibration(Task):
 
     metric = "ECE"
     higher_is_better = False
+    in_mean = False
     source = "Guo et al. 2017, arXiv 1706.04599, equation 3"
 
     def __post_init__(self) -> None:

@@ -181,6 +181,8 @@ class Task(ABC):
         metric: of the value, for instance ``top1``.
         unit: ``%`` where the value is a share in 0–1 to be shown × 100, else what it is in.
         higher_is_better: whether more is better.
+        in_mean: whether the share of the best teacher enters the mean over tasks: of scores of a
+            task, not of how well probabilities are calibrated, which no task is solved by.
         tokens: what ``check`` demands of an encoder.
         splits: what ``check`` demands of the data set.
         compares: whether ``score`` compares with teachers; the runner then sets ``teachers``
@@ -191,6 +193,7 @@ class Task(ABC):
     metric: ClassVar[str]
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
+    in_mean: ClassVar[bool] = True
     tokens: ClassVar[tuple[TokenType, ...]] = ("summary",)
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     compares: ClassVar[bool] = False

@@ -99,7 +99,16 @@ def encoder_entry(
 def task_entry(name: str, task: Task, images: Mapping[str, int]) -> dict[str, Any]:
     """What ``tasks`` says of one row: the protocol, its source, its settings."""
     kind = type(task)
-    hidden = {"data", "teachers", "metric", "unit", "higher_is_better", "tokens", "splits"}
+    hidden = {
+        "data",
+        "teachers",
+        "metric",
+        "unit",
+        "higher_is_better",
+        "in_mean",
+        "tokens",
+        "splits",
+    }
     settings = {k: v for k, v in vars(task).items() if k not in hidden and not k.startswith("_")}
     lines = (kind.__doc__ or "").strip().splitlines()
     return {
@@ -109,6 +118,7 @@ def task_entry(name: str, task: Task, images: Mapping[str, int]) -> dict[str, An
         "metric": task.metric,
         "unit": task.unit,
         "higher_is_better": task.higher_is_better,
+        "in_mean": task.in_mean,
         "data": task.data,
         "images": {split: int(count) for split, count in images.items()},
         "settings": jsonable(settings),
@@ -163,6 +173,7 @@ def build_results(
             confidence=confidence,
             seed=seed,
         )
+    counted = [rows[str(t["name"])] for t in tasks if t.get("in_mean", True)]
     points, label = _pareto(encoders, tasks, by_place, teachers)
     ours = [n for n, role in roles.items() if role in OURS] or [
         n for n, role in roles.items() if role == "encoder"
@@ -194,7 +205,7 @@ def build_results(
         "mean": {
             n: dataclasses.asdict(mean)
             for n in others
-            if (mean := mean_kept(list(rows.values()), n, confidence)).tasks
+            if (mean := mean_kept(counted, n, confidence)).tasks
         },
         "pareto": points,
         "pareto_cost": label,
@@ -333,6 +344,8 @@ def _pareto(
             continue
         shares: dict[str, list[float]] = {name: [] for name in costs}
         for task in tasks:
+            if not task.get("in_mean", True):
+                continue
             values = {
                 name: Measured(value)
                 for name in costs

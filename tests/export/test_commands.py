@@ -181,7 +181,7 @@ def test_something_else_than_a_checkpoint(run, tmp_path, capsys):
     torch.save({"state_dict": {}}, other)
     text.write_text("hello")
     assert "no checkpoint of multikd" in refused(capsys, tmp_path / "o" / "out", other)
-    assert "no checkpoint" in refused(capsys, tmp_path / "o" / "out", text)
+    assert "not a checkpoint" in refused(capsys, tmp_path / "o" / "out", text)
 
 
 def test_a_truncated_checkpoint(run, tmp_path, capsys):

@@ -334,7 +334,7 @@ def test_two_views_are_two_steps_of_one_batch(tmp_path: Path) -> None:
         assert (int(normalizer.updates), normalizer.total_steps) == (4, 4)  # type: ignore[arg-type]
     broken = small.batch(views=2)
     broken.views[0] = torch.full((6, 3, 32, 32), float("nan"))  # the first, not the last
-    guarded = small.trainer(tmp_path, FiniteLossGuard())
+    guarded = small.trainer(tmp_path, FiniteLossGuard(max_in_a_row=1))
     with pytest.raises(NonFiniteLossError, match="teacher 'vit' at step 0"):
         guarded.fit(small.module(), datamodule=small.Data([broken]))
 

@@ -18,10 +18,12 @@ import yaml
 from helpers.fitting import Run
 from PIL import Image
 from retention.conftest import write_folder
+from torch import Tensor, nn
 
 from multikd.cli import main
 from multikd.retention.taskfile import read_task_file
 from multikd.shipped import shipped_tasks
+from multikd.types import EncoderSpec, TokenFeatures, Widths
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -309,20 +311,10 @@ def test_help_teaches(capsys) -> None:
         assert word in text
 
 
-class Pooled:
+class Pooled(nn.Module):
     """Made by ``retention.test_evaluate.Pooled``: an encoder of one vector an image."""
 
-    def __new__(cls) -> Any:
-        from torch import nn
+    spec = EncoderSpec("mean", Widths(3, None), (32, 32), 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
-        from multikd.types import EncoderSpec, TokenFeatures, Widths
-
-        class Mean(nn.Module):
-            spec = EncoderSpec(
-                "mean", Widths(3, None), (32, 32), 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-            )
-
-            def forward(self, images: Any) -> TokenFeatures:
-                return TokenFeatures(images.mean(dim=(2, 3)))
-
-        return Mean()
+    def forward(self, images: Tensor) -> TokenFeatures:
+        return TokenFeatures(images.mean(dim=(2, 3)))
