@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from multikd.evaluation.confidence import Calibration
 from multikd.evaluation.knn_task import KNN
 from multikd.evaluation.linear_task import LinearProbe
 from multikd.evaluation.task import TaskResult
@@ -101,6 +102,17 @@ def test_it_is_read_back_by_the_page_and_by_the_card(results, tmp_path):
         "value": 0.5, "low": None, "high": 0.6, "images": 7,
     }  # fmt: skip
     assert csv_path.name == "results.csv"
+
+
+def test_calibration_is_in_the_matrix_but_not_in_the_mean():
+    encoders, tasks, cells = scored()
+    tasks.append(task_entry("shoes-sure", Calibration("shoes"), {"train": 800, "test": 200}))
+    cells += [Cell("shoes-sure", n, result(r, i)) for i, (n, r) in enumerate(RATES.items())]
+    assert [t["in_mean"] for t in tasks] == [True, True, False]
+    found = build_results(encoders, tasks, cells, resamples=20)
+    plain = build_results(encoders, tasks[:2], cells[: -len(RATES)], resamples=20)
+    assert found["matrix"][2]["kept"]["student"]["share"] is not None
+    assert (found["mean"], found["pareto"]) == (plain["mean"], plain["pareto"])
 
 
 def test_missing_is_null(results):
