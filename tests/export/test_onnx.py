@@ -110,8 +110,6 @@ def test_a_full_disk_and_a_missing_extra(tmp_path, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tmp_path) -> None:
-    if family == "Swin":
-        pytest.skip("its capture at several sizes takes over 300 s since the merge: see the note")
     """Every family as a timm folder and in both graph formats; the README's table says the same."""
     student = small_student(family)
     images = torch.rand(2, 3, *student.spec.image_size)
@@ -122,6 +120,9 @@ def test_families(family, tmp_path) -> None:
         ).eval()
         assert torch.equal(loaded(student.normalize(images)), expected)
     assert float(expected.std()) > 1e-4
-    free = export_onnx(student, tmp_path / "a.onnx").settings["dynamic"]
-    assert export_pt2(student, tmp_path / "a.pt2").settings["dynamic"] == free
+    # torch.export takes over five minutes for a Swin that is made as students are (open, see the
+    # README), and ten seconds for timm's own.
+    source = deployed(family) if family == "Swin" else student
+    free = export_onnx(source, tmp_path / "a.onnx").settings["dynamic"]
+    assert export_pt2(source, tmp_path / "a.pt2").settings["dynamic"] == free
     assert free == (["batch"] if family in FIXED_SIZE else ["batch", "height", "width"])
