@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import http.server
 import re
-import time
+import threading
 from pathlib import Path
+from typing import Any
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -14,11 +15,15 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     root: Path
     requests: list[tuple[str, str]]  # path, Range header
-    failures: dict[str, list[int | str]]  # path → what to do first: a status, or "cut" or "hang"
+    failures: dict[str, list[int | str]]  # path → first: a status, or "cut", "hang" or "wait"
     ranges: bool = True
     etag: str = '"1"'
     authorization: str = ""  # of the last request
     manifests: int = 0  # requests for a dataset.json, which are not among ``requests``
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.released = threading.Event()  # ends what hangs or waits
 
     @property
     def base(self) -> str:
@@ -45,8 +50,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         todo = self.server.failures.get(path) or [200]
         act = todo.pop(0)
         file = self.server.root / path.lstrip("/")
+        if act == "wait":  # until the test says so
+            self.server.released.wait(60.0)
+            act = 200
         if act == "hang":
-            time.sleep(1.0)
+            self.server.released.wait(1.0)
             return
         if not file.is_file():
             act = 404

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -107,17 +105,15 @@ def test_constant_features_are_left_out(digits):
     assert float((fit.predictions == plain.predictions).double().mean()) > 0.995
 
 
-def test_four_thousand_wide_rows_take_seconds():
+def test_four_thousand_wide_rows_take_few_iterations():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4000) % 10
     centres = torch.randn(10, 1280, generator=generator)
     rows = 0.2 * centres[labels] + torch.randn(4000, 1280, generator=generator).relu()
-    start = time.perf_counter()
     fit = logistic_regression(rows, labels, rows[:1000], c=0.01)
-    seconds = time.perf_counter() - start
     assert fit.converged
     assert float((fit.predictions == labels[:1000]).double().mean()) > 0.9
-    assert seconds < 30  # 1 s alone on two cores; several test runs may share them
+    assert fit.iterations < 200  # about a second on two idle cores
 
 
 @pytest.mark.parametrize(
