@@ -16,6 +16,7 @@ from torch import Tensor
 from multikd.data.crops import centre_box
 from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault
 from multikd.evaluation.task import SplitName
+from multikd.retention.bulk import resize_all
 from multikd.retention.digest import combined
 from multikd.retention.images import Dense, ImageSource, open_images
 from multikd.retention.metadata import read_metadata
@@ -187,14 +188,15 @@ class ImageSplit:
         return in_threads(load, chunks, workers)
 
     def _batch(self, places: npt.NDArray[np.int64], size: Grid, interpolation: str) -> Batch:
-        pixels = np.empty((len(places), 3, *size), dtype=np.uint8)
-        faults = []
-        for row, place in enumerate(places.tolist()):
-            try:
-                pixels[row] = self.pixels(place, size, interpolation)
-            except SampleFault as fault:
-                faults.append(Fault(fault.cause, self.name, self.keys[place], fault.detail))
-                pixels[row] = self._stand_in(place, size, interpolation)
+        faults: list[Fault] = []
+        pictures = self.source.pictures(self.rows[places])
+        if pictures is not None:
+            box = self._box((pictures.shape[2], pictures.shape[1]), size)
+            seen = resize_all(pictures, (size[1], size[0]), box, _RESAMPLING[interpolation])
+            shown = seen[:, None] if seen.ndim == 3 else seen.transpose(0, 3, 1, 2)
+            pixels = np.broadcast_to(shown, (len(places), 3, *size)).copy()
+        else:
+            pixels = self._one_by_one(places.tolist(), size, interpolation, faults)
         labels = torch.full((len(places),), -1, dtype=torch.int64)
         if self.labels is not None and self.labels.ndim == 1:
             labels = self.labels[torch.from_numpy(places)].to(torch.int64)
@@ -207,6 +209,18 @@ class ImageSplit:
             samples=torch.from_numpy(self.rows[places]),
             faults=faults,
         )
+
+    def _one_by_one(
+        self, places: list[int], size: Grid, interpolation: str, faults: list[Fault]
+    ) -> npt.NDArray[np.uint8]:
+        pixels = np.empty((len(places), 3, *size), dtype=np.uint8)
+        for row, place in enumerate(places):
+            try:
+                pixels[row] = self.pixels(place, size, interpolation)
+            except SampleFault as fault:
+                faults.append(Fault(fault.cause, self.name, self.keys[place], fault.detail))
+                pixels[row] = self._stand_in(place, size, interpolation)
+        return pixels
 
     def _stand_in(self, place: int, size: Grid, interpolation: str) -> npt.NDArray[np.uint8]:
         for step in range(1, min(NEIGHBOURS, len(self) - 1) + 1):

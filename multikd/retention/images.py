@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -63,6 +65,11 @@ class ImageSource(ABC):
         Raises:
             SampleFault: it can't be read.
         """
+
+    def pictures(self, indexes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8] | None:
+        """These images as one array ``(B, H, W[, 3])``, where the source is one; else None."""
+        del indexes
+        return None
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -186,6 +193,10 @@ class OriginImages(ImageSource):
             picture: Image.Image = self.origin.picture(index)  # type: ignore[attr-defined]
             return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
         return decode_image(self.origin.read(index, self.keys[index]), self.max_pixels)
+
+    def pictures(self, indexes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8] | None:
+        """See the base class."""
+        return self.origin.pixels[indexes] if isinstance(self.origin, IdxOrigin) else None
 
     def record(self, index: int) -> dict[str, Any]:
         """Further columns of a table."""
@@ -379,8 +390,6 @@ def _bytes(path: Path) -> bytes:
 
 
 def _array(image: Image.Image) -> Any:
-    import numpy as np
-
     return np.array(image)
 
 

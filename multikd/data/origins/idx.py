@@ -31,7 +31,7 @@ class IdxOrigin:
 
     def list_items(self) -> Listing:
         """Items in the file's order."""
-        count = len(self._pixels)
+        count = len(self.pixels)
         labels = [-1] * count
         notes = [] if self.labels else ["no label file: the shards carry no labels"]
         classes = list(self.classes)
@@ -50,11 +50,12 @@ class IdxOrigin:
                     f"but {len(classes)} class names were given"
                 )
         # The pixels belong to the listing's digest; there are no file sizes that could change.
-        check = zlib.crc32(self._pixels.tobytes())
+        check = zlib.crc32(self.pixels.tobytes())
         return Listing([str(i) for i in range(count)], labels, [check] * count, classes, notes)
 
     @cached_property
-    def _pixels(self) -> NDArray[np.uint8]:
+    def pixels(self) -> NDArray[np.uint8]:
+        """All images, ``(N, H, W)`` or ``(N, H, W, 3)``."""
         pixels = read_idx(self.images)
         if pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] != 3):
             raise ValueError(
@@ -67,7 +68,7 @@ class IdxOrigin:
 
     def picture(self, item: int) -> Image.Image:
         """The image itself, with nothing encoded in between."""
-        return Image.fromarray(self._pixels[item])
+        return Image.fromarray(self.pixels[item])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"images": self.images, "labels": self.labels, "classes": self.classes}
