@@ -579,7 +579,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     else:
         found = commands.run_evaluate(arguments.encoders, settings)
-    return 0 if found is None else _finish(*found, arguments.json)
+    if found is None:
+        return 0
+    failed = any(cell.get("error") for cell in found[1].get("cells", ()))
+    return _finish(*found, arguments.json) or int(failed)
 
 
 def _teachers_stats(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from multikd.evaluation.corruptions import (
     SEVERITIES,
     check_corruptions,
     corrupt,
+    mean_corruption_error,
     require_corruptions,
 )
 from multikd.evaluation.labelled import (
@@ -84,17 +85,20 @@ class _Probed(Task):
 class Corruptions(_Probed):
     """Top-1 on corrupted images, mean over corruptions and severities (ImageNet-C).
 
-    1 − value is the unnormalised mean corruption error; ``details["errors"]`` has what
-    ``mean_corruption_error`` relates to a reference encoder. The corruptions are applied to the
-    view that the encoder sees, as in ImageNet-C.
+    1 − value is the unnormalised mean corruption error. With a reference the metric ``mCE`` is the
+    paper's, 1 being an encoder as bad as the reference. The corruptions are applied to the view
+    that the encoder sees, as in ImageNet-C.
 
     Args:
         corruptions: by name; all fifteen by default.
         severities: 1 to 5.
+        reference: corruption → error rate at each of the severities, of the encoder that mCE is
+            relative to (AlexNet in the paper): ``details["errors"]`` of an earlier results.json.
     """
 
     corruptions: tuple[str, ...] = CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES
+    reference: dict[str, list[float]] | None = None
 
     metric = "corrupted top1"
     source = "Hendrycks & Dietterich 2019, arXiv 1903.12261"
@@ -102,6 +106,9 @@ class Corruptions(_Probed):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_corruptions(self.corruptions, self.severities)
+        if self.reference is not None:
+            ones = {name: [1.0] * len(self.severities) for name in self.corruptions}
+            mean_corruption_error(ones, self.reference)  # same names and severities
 
     def check(self, splits: Mapping[str, EvalSplit], specs: Mapping[str, EncoderSpec]) -> None:
         """Also refuses encoders that see fewer than 32 px, and a library that is not there."""
@@ -140,18 +147,22 @@ class Corruptions(_Probed):
         shares = right.double()
         per_sample = shares.mean(dim=(1, 2)).numpy()
         by_name = shares.mean(dim=(0, 2)).tolist()
+        errors = {
+            name: (1 - shares[:, i].mean(dim=0)).tolist() for i, name in enumerate(self.corruptions)
+        }
+        relative = (
+            {} if self.reference is None else {"mCE": mean_corruption_error(errors, self.reference)}
+        )
         return TaskResult(
             float(per_sample.mean()),
             per_sample,
             metrics={
                 "clean top1": float(clean.double().mean()),
+                **relative,
                 **dict(zip(self.corruptions, by_name, strict=True)),
             },
             details={
-                "errors": {
-                    name: (1 - shares[:, i].mean(dim=0)).tolist()
-                    for i, name in enumerate(self.corruptions)
-                },
+                "errors": errors,
                 "severities": list(self.severities),
                 "images": len(places),
                 **self._grouped(subject, places, per_sample),

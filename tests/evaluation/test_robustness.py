@@ -88,6 +88,7 @@ def test_the_corruption_task():
         corruptions=("contrast", "frost"),
         severities=(1, 5),
         groups=("site",),
+        reference={"contrast": [0.5, 1.0], "frost": [0.25, 0.5]},
     )
     task.check(made.splits, {"pixels": made.spec})
     result = task.score(made)
@@ -107,6 +108,9 @@ def test_the_corruption_task():
     assert result.value == pytest.approx(expected.mean())
     assert 0.3 < result.value < 0.95
     np.testing.assert_allclose(result.details["errors"]["contrast"], 1 - expected[:, 0].mean(0))
+    wrong = 1 - expected.mean(0).sum(1) / 2  # of contrast and of frost, over both severities
+    mce = (2 * wrong[0] / 1.5 + 2 * wrong[1] / 0.75) / 2
+    assert result.metrics["mCE"] == pytest.approx(mce)
     assert result.details["groups"]["site"]["groups"]["a"]["count"] == 3
 
 
@@ -183,6 +187,8 @@ def test_bad_input_says_what_was_expected():
         Corruptions("made", corruptions=("snw",))
     with pytest.raises(ValueError, match="severities from 1 to 5"):
         Corruptions("made", severities=(0, 1))
+    with pytest.raises(ValueError, match="same severities"):
+        Corruptions("made", corruptions=("fog",), reference={"fog": [0.5]})
     with pytest.raises(ValueError, match="limit and batch_size"):
         Adversarial("made", limit=0)
     with pytest.raises(ValueError, match="fgsm or pgd"):

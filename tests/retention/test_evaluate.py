@@ -21,6 +21,8 @@ from retention.conftest import write_folder
 from torch import Tensor, nn
 
 from multikd.cli import main
+from multikd.evaluation.knn_task import KNN
+from multikd.evaluation.task import Subject, TaskResult
 from multikd.retention.taskfile import read_task_file
 from multikd.shipped import shipped_tasks
 from multikd.types import EncoderSpec, TokenFeatures, Widths
@@ -318,3 +320,24 @@ class Pooled(nn.Module):
 
     def forward(self, images: Tensor) -> TokenFeatures:
         return TokenFeatures(images.mean(dim=(2, 3)))
+
+
+class Broken(KNN):
+    """A task that fails where it scores."""
+
+    def score(self, subject: Subject) -> TaskResult:
+        raise ValueError("no luck today")
+
+
+def test_a_task_that_fails_costs_its_cell_and_the_exit_code(tasks, tmp_path: Path, capsys) -> None:
+    """The others are scored and written all the same."""
+    broken = {"protocol": f"{__name__}.Broken", "data": "photos", "ks": [5]}
+    file = tasks(lambda content: content["tasks"].update(broken=broken))
+    code = evaluate("packaged:efficientnet_lite0", "--tasks", file, "--no-cost", out=tmp_path)
+    assert code == 1
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert {cell["task"]: cell["error"] for cell in cells} == {
+        "knn": None,
+        "broken": "no luck today",
+    }
+    assert "no luck today" in capsys.readouterr().out
