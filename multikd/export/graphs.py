@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from multikd.export.deployed import DeployedEncoder
@@ -50,6 +51,33 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+@contextmanager
+def windows_of_one_size(model: nn.Module) -> Iterator[None]:
+    """Swin's as timm makes it by default: for images of the model's own size alone.
+
+    A student's Swin takes images of any size. Then windows of symbolic sizes, and the masks that
+    its blocks draw anew in every pass, keep a tracer busy for many minutes, to no avail.
+    """
+    blocks: list[Any] = [m for m in model.modules() if getattr(m, "dynamic_mask", False)]
+    stems: list[Any] = [
+        m for m in model.modules() if blocks and getattr(m, "strict_img_size", None) is False
+    ]
+    for block in blocks:
+        weight = next(block.parameters())
+        block.attn_mask = block.get_attn_mask(device=weight.device, dtype=weight.dtype)
+        block.dynamic_mask = False
+    for stem in stems:
+        stem.strict_img_size = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.attn_mask = None
+            block.dynamic_mask = True
+        for stem in stems:
+            stem.strict_img_size = False
+
+
 def capture(encoder: DeployedEncoder, free_size: bool = True) -> Captured:
     """Trace with a free batch, and with a free image size where the model really works with one.
 
@@ -58,6 +86,11 @@ def capture(encoder: DeployedEncoder, free_size: bool = True) -> Captured:
     Raises:
         ValueError: ``torch.export`` cannot express the model.
     """
+    with windows_of_one_size(encoder):
+        return _capture(encoder, free_size)
+
+
+def _capture(encoder: DeployedEncoder, free_size: bool) -> Captured:
     example = encoder.inputs(synthetic_images(encoder.spec.image_size, count=2)).contiguous()
     free: ExportedProgram | Exception | None = None
     if free_size or encoder.preprocessing:
