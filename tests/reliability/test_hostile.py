@@ -320,6 +320,18 @@ def test_a_header_that_promises_terabytes(kind: bytes, tmp_path: Path) -> None:
         scan_tar(file, path, path.stat().st_size)
 
 
+def test_a_size_of_thirty_digits_is_not_read_up_to(tmp_path: Path) -> None:
+    """In a pax record, which counts after the header itself was judged."""
+    path, info = tmp_path / "a.tar", tarfile.TarInfo("a.jpg")
+    info.pax_headers, info.size = {"size": "9" * 30}, 3
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"abc"))
+    with path.open("rb") as file, pytest.raises(ValueError, match="promises 9{30} bytes"):
+        list(stream_members(file))
+    with path.open("rb") as file, pytest.raises(ValueError, match="is not a tar archive"):
+        scan_tar(file, path, path.stat().st_size)
+
+
 def test_a_stream_passes_over_links_devices_and_names_that_lead_away(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
