@@ -21,7 +21,7 @@ import yaml
 from data.shard_maker import make_shards
 from torch import nn
 
-from multikd.checkpoints import read_checkpoint, read_config
+from multikd.checkpoints import build_student, read_checkpoint, read_config
 from multikd.cli import main
 from multikd.config_files import load_config, parse_yaml, refuse_shell
 from multikd.config_parser import Unbuildable, construct
@@ -29,6 +29,8 @@ from multikd.data.cache import CacheSource, FeatureCache, FeatureCacheWriter
 from multikd.data.index import ShardIndex, build_index
 from multikd.data.tar import scan_tar, stream_members
 from multikd.redaction import redact, redact_values
+from multikd.retention.taskfile import read_task_file
+from multikd.teachers import load_encoder
 from multikd.types import TokenFeatures
 from multikd.untrusted import inside, read_bytes, read_json
 
@@ -229,7 +231,70 @@ def test_an_encoder_s_path_is_not_called_to_find_out(
     config = place.config()
     config["model"]["teachers"]["vit"]["init_args"] = {"encoder": name}
     assert place.run(config) == 2
-    assert "it is not called" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{name} is of Python's standard library, which no config may name" in said
+    with pytest.raises(ValueError, match="it is not called"):  # nor from code
+        load_encoder(name)
+
+
+STRANGER = """
+from pathlib import Path
+Path({canary!r}).mkdir()
+import lightning.pytorch as pl
+from multikd.students import StudentEncoder
+class Callback(pl.Callback): ...
+class Student(StudentEncoder): ...
+"""
+
+
+@pytest.fixture
+def stranger(place: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A folder with a module of its own, as ``multikd`` is run inside it."""
+    code = STRANGER.format(canary=str(place.canary))
+    (place.root / "their_code.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(place.root)
+    yield place
+    sys.modules.pop("their_code", None)
+
+
+def test_a_module_that_a_config_names_is_not_imported(
+    stranger: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for field, value in (
+        ("callback", {"class_path": "their_code.Callback"}),
+        ("callable", "their_code.Callback"),
+        ("student", {"class_path": "their_code.Student", "init_args": {"name": "test_resnet"}}),
+        ("encoder", "their_code.Student"),
+    ):
+        config = stranger.config()
+        FIELDS[field](config, value)
+        assert stranger.run(config) == 2
+        said = capsys.readouterr().err
+        assert f"{value if isinstance(value, str) else value['class_path']} is not imported" in said
+        assert "add --allow_code=their_code to the command" in said
+    assert stranger.run(stranger.config(), "--allow_code=os") == 2
+    assert "a package or module of your own" in capsys.readouterr().err
+    settings = {"class_path": "their_code.Student", "init_args": {"name": "test_resnet"}}
+    with pytest.raises(ValueError, match="their_code.Student is not imported"):
+        build_student(settings)
+    tasks = "data: {a: {}}\ntasks: {a: {protocol: their_code.Student, data: a}}\n"
+    (stranger.root / "t.yaml").write_text(tasks, encoding="utf-8")
+    with pytest.raises(ValueError, match="their_code.Student is not imported"):
+        read_task_file(stranger.root / "t.yaml")
+    assert not stranger.canary.exists()
+    assert "their_code" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "trusted", [["--allow_code=their_code"], ["--trainer.callbacks+=their_code.Callback"]]
+)
+def test_one_that_the_user_names_is(stranger: Place, trusted: list[str]) -> None:
+    """By flag for what is in the config, or typed itself."""
+    config = stranger.config()
+    if "--allow_code" in trusted[0]:
+        FIELDS["callback"](config, {"class_path": "their_code.Callback"})
+    assert stranger.run(config, *trusted, "--trainer.limit_train_batches=1") == 0
+    assert stranger.canary.exists()
 
 
 @pytest.mark.parametrize("name", ["shutil.rmtree", "os.abort"])
