@@ -261,6 +261,9 @@ class MultikdCLI(LightningCLI):
         if given == "last" and (newest := checkpoint_of(self.trainer)) is not None:
             path = Path(newest)
             checkpoint = None if path.is_dir() else read_checkpoint(path)
+            # Of several, Lightning would take the newest by the clock.
+            command = self.config["subcommand"]
+            self.config_init[command]["ckpt_path"] = self.config[command]["ckpt_path"] = newest
         self._checkpoint = None
         if path is not None and checkpoint is not None:
             self._dump_config()
