@@ -109,7 +109,7 @@ trainer:
   enable_model_summary: false
   default_root_dir: {folder}/run
   callbacks:
-    - {{class_path: multikd.callbacks.StallWatch, init_args: {{minutes: 0.3}}}}
+    - {{class_path: multikd.callbacks.StallWatch, init_args: {{minutes: 0.4}}}}
 model:
   teachers:
     vit:
@@ -143,6 +143,7 @@ def command_of(folder: Path, rank: int, port: int) -> None:
     os._exit(code)
 
 
+@pytest.mark.slow
 def test_when_a_rank_hangs_every_rank_ends_with_the_reason(tmp_path: Path) -> None:
     """Real gloo ranks: the one that waits by its collective's time-out, the other by itself."""
     make_shards(tmp_path / "shards", [9, 8], size=(32, 32))
