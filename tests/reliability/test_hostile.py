@@ -663,6 +663,19 @@ def test_a_gigantic_model_is_not_built(
         multikd.load(folder)
 
 
+@pytest.mark.parametrize(
+    "mean", [1e308, [[0.5], 0.5, 0.5], [0.5, 0.5], ["a", 1, 2], [float("nan"), 1, 2], {"a": 1}]
+)
+def test_a_mean_of_other_types_is_refused(mean: Any, exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"]["mean"] = mean
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="mean must be three numbers"):
+        load_encoder(f"exported:{folder}")
+
+
 def test_a_gigantic_head_and_links_are_refused(exported: Path, tmp_path: Path) -> None:
     import multikd
 
