@@ -230,7 +230,9 @@ def test_a_clock_that_jumps_does_no_harm(tmp_path: Path, monkeypatch: pytest.Mon
     expected, _ = fit(tmp_path)
     jumps = itertools.cycle((4e9, 0.0, 2e9, -1e9))
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=2, monitor="step")
+    saver = ModelCheckpoint(
+        tmp_path, every_n_train_steps=1, save_top_k=2, monitor="step", mode="max"
+    )
     watch = StallWatch(minutes=60.0)
     notes, _ = fit(tmp_path, saver, watch, Throughput(), enable_checkpointing=True)
     assert notes.totals == expected.totals
