@@ -71,16 +71,13 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """Mark a folder as this process's; the mark goes when the process does, however it ends."""
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def abandoned(out: Path, suffix: str) -> list[Path]:
@@ -104,16 +101,13 @@ def remove_abandoned(out: Path, suffix: str) -> None:
 
 
 def _is_in_use(folder: Path) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or no locks here: then nothing is known
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    """Held, or nothing is known: where there are no locks, or the folder can't be opened."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return False
+            finally:
+                os.close(descriptor)
+    return True
