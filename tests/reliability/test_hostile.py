@@ -311,6 +311,15 @@ def test_a_function_of_the_standard_library_is_no_callback(
     assert construct(dict, hook=make_shards, kind=int) == {"hook": make_shards, "kind": int}
 
 
+def test_null_where_a_number_belongs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    config = place.config()
+    config["data"]["num_workers"] = None
+    assert place.run(config) == 2
+    assert "num_workers is null, expected a value of type int" in capsys.readouterr().err
+    with pytest.raises(Unbuildable, match="takes no such|unexpected keyword"):
+        construct(Mine, no_such=3)  # a TypeError in a sentence, too
+
+
 def test_a_config_cannot_start_a_shell(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     config = place.config()
     pipe = f"pipe:mkdir {place.canary}; cat {place.root}/shards/*.tar"

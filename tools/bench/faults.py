@@ -70,7 +70,9 @@ def epochs(folders: dict[Path, set[str]], number: int) -> dict[Path, tuple[float
     Raises:
         RuntimeError: a good sample is not at its place, or a broken one is not named.
     """
-    modules, batches, took = {}, {}, {folder: [0.0, 0.0] for folder in folders}
+    modules: dict[Path, ShardDataModule] = {}
+    batches: dict[Path, list[Batch]] = {}
+    took = {folder: [0.0, 0.0] for folder in folders}
     iterators = {}
     for folder in folders:
         data = modules[folder] = ShardDataModule(
