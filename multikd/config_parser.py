@@ -90,7 +90,7 @@ def _refuse_null(class_type: Callable[..., Any], settings: dict[str, Any]) -> No
     if None not in settings.values():
         return
     try:
-        made = class_type.__init__ if isinstance(class_type, type) else class_type
+        made = class_type.__init__ if isinstance(class_type, type) else class_type  # type: ignore[misc]
         hints = typing.get_type_hints(made)
     except (NameError, TypeError, AttributeError):  # a name that only a type checker knows
         return
