@@ -15,6 +15,7 @@ from torch import Tensor
 from multikd import __version__
 from multikd.backbones import build_model, check_model_args, skeleton
 from multikd.config_files import parse_yaml
+from multikd.imports import ImportRefusedError, only_allowed
 from multikd.students import StudentEncoder
 
 CHECKPOINT_KEY = "multikd"
@@ -169,6 +170,8 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
         _check_size(settings["student"], own)
         student = build_student(settings["student"])
         student.load_state_dict(own)
+    except ImportRefusedError as error:
+        raise ValueError(f"{path}: {error}") from error
     except Exception as error:
         # jsonargparse, timm and torch each have errors of their own for what does not fit.
         reason = " ".join(str(error).split())[:160]
@@ -235,8 +238,9 @@ def build_student(settings: dict[str, Any]) -> StudentEncoder:
     init_args = {**settings.get("init_args", {}), "pretrained": False, "checkpoint": None}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(StudentEncoder, "student")
-    parsed = parser.parse_object(
-        {"student": {"class_path": settings["class_path"], "init_args": init_args}}
-    )
-    student: StudentEncoder = parser.instantiate(parsed).student
+    with only_allowed():
+        parsed = parser.parse_object(
+            {"student": {"class_path": settings["class_path"], "init_args": init_args}}
+        )
+        student: StudentEncoder = parser.instantiate(parsed).student
     return student

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from multikd import __version__
 from multikd.console import messages_on_stderr, take_over_lightning
 from multikd.errors import unknown_name
+from multikd.imports import allowing
 from multikd.redaction import redact
 
 LIGHTNING = {
@@ -701,6 +702,25 @@ def _without_json(args: Sequence[str]) -> tuple[list[str], Path | None]:
     return kept, target
 
 
+def _without_code(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without ``--allow_code PACKAGE[,…]``, which every command takes, and its packages.
+
+    It lets configs, task files and checkpoints name classes of these packages.
+    """
+    kept: list[str] = []
+    packages: list[str] = []
+    pending = list(args)
+    while pending:
+        argument = pending.pop(0)
+        option, equals, value = argument.partition("=")
+        if option not in ("--allow_code", "--allow-code"):
+            kept.append(argument)
+            continue
+        value = value if equals else (pending.pop(0) if pending else "")
+        packages += value.split(",")
+    return kept, packages
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
@@ -713,7 +733,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     try:
-        with messages_on_stderr():
+        args, code = _without_code(args)
+        with messages_on_stderr(), allowing(code):
             return _run(args)
     except KeyboardInterrupt as stop:
         lightning = args and args[0] in LIGHTNING and str(stop)

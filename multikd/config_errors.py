@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from multikd.errors import nearest
+from multikd.imports import denied, refusal
 
 _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:?')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':?")
@@ -76,6 +77,10 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     if outside:
         return _no_key(outside.group(1), options)
     leaves = _leaves(message)
+    for leaf in leaves:
+        if path := denied(leaf.text):
+            where = ".".join(leaf.path)
+            return f"{where}: {refusal(path)}" if where else refusal(path)
     if not leaves:
         return _one_line(message)
     deepest = max(leaf.depth for leaf in leaves)

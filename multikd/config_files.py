@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,31 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
         if separate:
             pending.pop(0)
     return resolved
+
+
+def modules_typed(args: Sequence[str]) -> frozenset[str]:
+    """Packages of the import paths that a user typed as values; what is in files is not typed."""
+    found: set[str] = set()
+    for argument, value in _typed(args):
+        if argument in ("--config", "-c", "--ckpt_path") or value.endswith((".yaml", ".yml")):
+            continue
+        if value[:1] in ("[", "{", "("):
+            found |= set(re.findall(r"(\w+)(?:\.\w+)+", value))
+        elif re.fullmatch(r"\w+([.:]\w+)+", value):
+            found.add(re.split("[.:]", value)[0])
+    return frozenset(name for name in found if name.isidentifier()) - sys.stdlib_module_names
+
+
+def _typed(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(option, value) of ``--option=value`` and ``--option value``."""
+    option = ""
+    for argument in args:
+        if argument.startswith("-"):
+            option, equals, value = argument.partition("=")
+            if equals:
+                yield option, value
+        else:
+            yield option, argument
 
 
 def refuse_shell(config: Any, args: Sequence[str]) -> None:

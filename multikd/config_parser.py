@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import types
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -40,11 +41,12 @@ def construct(class_type: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         for setting, value in kwargs.items():
             _refuse_standard(setting, value)
+        _refuse_null(class_type, kwargs)
         return class_type(*args, **kwargs)
     except Exception as error:
         name = getattr(class_type, "__name__", str(class_type))
         plain = isinstance(error, ValueError | TypeError | ImportError)
-        if not plain or name in _NAME_THEMSELVES:
+        if not plain or (name in _NAME_THEMSELVES and not isinstance(error, TypeError)):
             raise Unbuildable(error) from error
         sentence = ConfigError(f"{name}: {' '.join(str(error).split())}")
         raise Unbuildable(sentence) from error
@@ -77,6 +79,25 @@ def _refuse_standard(setting: str, value: Any) -> None:
             f"{setting} names {value.__module__}.{value.__qualname__} of Python's standard "
             "library, which no config may have called: give a function or class of your own"
         )
+
+
+def _refuse_null(class_type: Callable[..., Any], settings: dict[str, Any]) -> None:
+    """Refuse null where a number or text belongs, which jsonargparse lets pass.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if None not in settings.values():
+        return
+    try:
+        made = class_type.__init__ if isinstance(class_type, type) else class_type  # type: ignore[misc]
+        hints = typing.get_type_hints(made)
+    except (NameError, TypeError, AttributeError):  # a name that only a type checker knows
+        return
+    for setting, value in settings.items():
+        if value is None and hints.get(setting) in (int, float, bool, str):
+            kind = hints[setting].__name__
+            raise ValueError(f"{setting} is null, expected a value of type {kind}: leave it out")
 
 
 class ConfigParser(LightningArgumentParser):

@@ -5,6 +5,8 @@ Every function must be called by all ranks, with tensors of equal shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -81,6 +83,28 @@ def all_gather_object(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block at whose end every rank stops when one of them has failed, with its reason.
+
+    Only for what an error of ours or of the file system can end; every rank must come here.
+
+    Raises:
+        ValueError, OSError: this rank's own, or a ValueError with another's sentence.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failed = error
+    reason = None if failed is None else f"{failed} (on rank {rank()}; all of them stop)"
+    reasons = [found for found in all_gather_object(reason) if found is not None]
+    if failed is not None:
+        raise failed
+    if reasons:
+        raise ValueError(reasons[0])
 
 
 def combine_moments(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +66,48 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Mark a folder as this process's; the mark goes when the process does, however it ends."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def abandoned(out: Path, suffix: str) -> list[Path]:
+    """Folders ``.NAME.PROCESS<suffix>`` beside ``out`` that no living process has ``in_use``.
+
+    By locks, not by process numbers, which other machines and containers have, too.
+    """
+    name = re.compile(rf"\.{re.escape(out.name)}\.\d+{re.escape(suffix)}")
+    found = []
+    with contextlib.suppress(OSError):
+        for path in out.parent.iterdir():
+            if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                found.append(path)
+    return [path for path in found if not _is_in_use(path)]
+
+
+def remove_abandoned(out: Path, suffix: str) -> None:
+    """Remove what killed processes left of earlier attempts to write ``out``."""
+    for folder in abandoned(out, suffix):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Held, or nothing is known: where there are no locks, or the folder can't be opened."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return False
+            finally:
+                os.close(descriptor)
+    return True

@@ -36,12 +36,13 @@ import multikd.callbacks  # so that a config can name them without their import 
 from multikd import preflight
 from multikd.callbacks.preemption import SaveOnSignal, hpc_checkpoints
 from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
-from multikd.config_files import refuse_shell, resolve_configs
+from multikd.config_files import modules_typed, refuse_shell, resolve_configs
 from multikd.config_parser import ConfigParser, Unbuildable, construct
 from multikd.data.module import ShardDataModule
 from multikd.fit_faults import explained
 from multikd.fit_help import HelpFormatter, help_texts
 from multikd.fit_summary import checkpoint_of
+from multikd.imports import allowing, only_allowed
 from multikd.modules.distillation import DistillationModule
 from multikd.redaction import redact, redact_values
 from multikd.saving import VerifiedCheckpointIO, newest_whole
@@ -118,11 +119,12 @@ class MultikdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about ``sys.argv``, which our dispatcher reads."""
-        self.config = (
-            parser.parse_args(args if isinstance(args, list) else sys.argv[1:])
-            if not isinstance(args, dict)
-            else parser.parse_object(args)
-        )
+        with only_allowed():
+            self.config = (
+                parser.parse_args(args if isinstance(args, list) else sys.argv[1:])
+                if not isinstance(args, dict)
+                else parser.parse_object(args)
+            )
         if isinstance(args, list):
             refuse_shell(self.config.as_dict(), args)
         for command in ("fit", "validate", "test", "predict"):
@@ -145,9 +147,10 @@ class MultikdCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a constructor's error arrives as it was raised."""
-        self.config_init = self.parser.instantiate(
-            self.config, instantiators=[(construct, object, True)]
-        )
+        with only_allowed():
+            self.config_init = self.parser.instantiate(
+                self.config, instantiators=[(construct, object, True)]
+            )
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
@@ -258,6 +261,9 @@ class MultikdCLI(LightningCLI):
         if given == "last" and (newest := checkpoint_of(self.trainer)) is not None:
             path = Path(newest)
             checkpoint = None if path.is_dir() else read_checkpoint(path)
+            # Of several, Lightning would take the newest by the clock.
+            command = self.config["subcommand"]
+            self.config_init[command]["ckpt_path"] = self.config[command]["ckpt_path"] = newest
         self._checkpoint = None
         if path is not None and checkpoint is not None:
             self._dump_config()
@@ -361,40 +367,45 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
     Raises:
         ValueError: a mistake in config, arguments, checkpoint or data, in one sentence.
     """
-    classes: dict[str, type] = {"model": DistillationModule, "data": ShardDataModule}
     own = OwnArguments.taken_from(args) if run else OwnArguments(list(args))
     arguments = resolve_configs(own.rest)
     try:
-        return MultikdCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=ConfigInCheckpoint,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                # The loader slices the global order by rank itself (multikd.data.order).
-                "use_distributed_sampler": False,
-                "default_root_dir": DEFAULT_FOLDER,
-            },
-            parser_class=ConfigParser,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={
-                "parser_mode": "yaml",
-                "formatter_class": HelpFormatter,
-                **help_texts(classes),
-            },
-            args=with_kept_config(arguments) if run else arguments,
-            run=run,
-            resume_auto=own.resume_auto,
-            allow_changes=own.allow_changes,
-        )
+        with allowing(modules_typed(own.rest)):
+            return _cli(with_kept_config(arguments) if run else arguments, run, own)
     except Unbuildable as stop:
         raise stop.reason from stop.reason.__cause__
     except MisconfigurationException as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def _cli(arguments: list[str], run: bool, own: OwnArguments) -> MultikdCLI:
+    classes: dict[str, type] = {"model": DistillationModule, "data": ShardDataModule}
+    return MultikdCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=ConfigInCheckpoint,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            # The loader slices the global order by rank itself (multikd.data.order).
+            "use_distributed_sampler": False,
+            "default_root_dir": DEFAULT_FOLDER,
+        },
+        parser_class=ConfigParser,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={
+            "parser_mode": "yaml",
+            "formatter_class": HelpFormatter,
+            **help_texts(classes),
+        },
+        args=arguments,
+        run=run,
+        resume_auto=own.resume_auto,
+        allow_changes=own.allow_changes,
+    )
 
 
 @contextmanager

@@ -51,6 +51,7 @@ _MOST_CLASSES = 8
 CLOSING = """\
 A class in place of any of these is given by name or import path, its settings behind it:
   --model.dropper=multikd.losses.RandomTeachers --model.dropper.p=0.3
+One of yours that a config names needs --allow_code=ITS_PACKAGE: naming a module runs its code.
 `python -m pydoc multikd.losses.RandomTeachers` explains a class. What follows are the options of
 the command and of Lightning's Trainer.
 """

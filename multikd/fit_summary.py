@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from multikd.preflight import checkpoint_folders, shown
+from multikd.saving import steps_in
 
 _SAID = ("epoch/loss", "val/knn", "val/linear")
 
@@ -38,7 +39,7 @@ def checkpoint_of(trainer: pl.Trainer) -> str | None:
         return None
     written = [path for folder in checkpoint_folders(trainer) for path in folder.glob("*.ckpt")]
     last = [path for path in written if path.name == "last.ckpt"]
-    newest = max(last or written, key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(last or written, key=steps_in, default=None)
     return None if newest is None else shown(newest)
 
 

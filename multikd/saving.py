@@ -224,6 +224,15 @@ def newest_whole(paths: Iterable[Path], say: Callable[[str], None]) -> Found | N
     return found
 
 
+def steps_in(path: Path) -> tuple[int, float]:
+    """Optimiser steps of a checkpoint, −1 where they can't be read; then the file's time, for equal
+    ones: a clock may have been set back."""
+    try:
+        return _step_of(path), path.stat().st_mtime
+    except Exception:  # as in verify_checkpoint, and torch's
+        return -1, 0.0
+
+
 def _step_of(path: Path) -> int:
     """Optimiser steps of a checkpoint, without reading its tensors."""
     if path.is_dir():

@@ -26,7 +26,22 @@ def _reductions() -> dict[str, object]:
         "max": D.all_reduce_max(x),
         "rows": D.all_gather_rows(torch.arange(4.0).reshape(2, 2) + 100 * rank),
         "objects": D.all_gather_object({"rank": rank}),
+        "stopped": _stopped(rank),
     }
+
+
+def _stopped(rank: int) -> list[str]:
+    """What a block says of which nothing fails, rank 1 fails, and both do."""
+    said = []
+    for failing in ((), (1,), (0, 1)):
+        try:
+            with D.all_or_none():
+                if rank in failing:
+                    raise OSError(f"no room for {rank}")
+            said.append("")
+        except (ValueError, OSError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def test_reductions_on_two_ranks() -> None:
@@ -39,6 +54,9 @@ def test_reductions_on_two_ranks() -> None:
         assert result["input"].tolist() == [1.0 + rank, 10.0 - rank]  # not in place
         assert result["rows"].tolist() == [[0, 1], [2, 3], [100, 101], [102, 103]]
         assert result["objects"] == [{"rank": 0}, {"rank": 1}]
+        other = "ValueError: no room for 1 (on rank 1; all of them stop)"
+        mine = f"OSError: no room for {rank}"
+        assert result["stopped"] == ["", mine if rank else other, mine]
 
 
 def test_a_single_process_reduces_to_itself() -> None:

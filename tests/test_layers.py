@@ -15,7 +15,7 @@ PACKAGE = Path(multikd.__file__).parent
 LAYERS: list[set[str]] = [
     {
         *("types", "errors", "files", "shipped", "progress", "console"),
-        *("untrusted", "redaction"),
+        *("untrusted", "redaction", "imports"),
         *("config_errors", "config_files", "config_parser", "fit_help"),
     },
     {"functional", "distributed", "backbones", "saving", "pages"},

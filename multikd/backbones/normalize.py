@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,10 +12,15 @@ RGB = tuple[float, float, float]
 
 
 def rgb(values: Sequence[float], what: str) -> RGB:
-    """Three floats, or a ValueError that names ``what``."""
-    if len(values) != 3:
-        raise ValueError(f"{what} must be three numbers (R, G, B), received {tuple(values)}")
-    return (float(values[0]), float(values[1]), float(values[2]))
+    """Three finite floats, or a ValueError that names ``what``."""
+    try:
+        red, green, blue = (float(value) for value in values)
+        if not all(map(math.isfinite, (red, green, blue))):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        shown = str(values)[:80]
+        raise ValueError(f"{what} must be three numbers (R, G, B), received {shown}") from error
+    return (red, green, blue)
 
 
 class Normalize(nn.Module):

@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from multikd.data.cache import FeatureCacheWriter
+from multikd.data.loader import ShardLoader
 from multikd.data.module import ShardDataModule
-from multikd.distributed import barrier
+from multikd.distributed import all_or_none, barrier
 from multikd.modules.distillation import DistillationModule, to_float
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,6 @@ class PrecomputeFeatures(pl.Callback):
             log.info("teachers' features: complete in %s, no teacher runs", data.cache)
         else:
             self._fill(trainer, pl_module, data, fingerprints)
-        barrier()
 
     @torch.no_grad()
     def _fill(
@@ -65,18 +66,39 @@ class PrecomputeFeatures(pl.Callback):
         data: ShardDataModule,
         fingerprints: dict[str, str],
     ) -> None:
+        """Each rank its share; what stops one (a full disk, a sample without a stand-in) stops all,
+        which would otherwise wait for it."""
+        with all_or_none():
+            writer = self._open(trainer, module, data, fingerprints)
+        with all_or_none():
+            loader = data.precompute_dataloader(trainer.global_rank, trainer.world_size)
+        with all_or_none():
+            if loader is not None:
+                self._compute(trainer, module, loader, writer)
+
+    def _open(
+        self,
+        trainer: pl.Trainer,
+        module: DistillationModule,
+        data: ShardDataModule,
+        fingerprints: dict[str, str],
+    ) -> FeatureCacheWriter:
         device = trainer.strategy.root_device
         module.teachers.to(device)  # the rest follows when Lightning places the module
         size = data.train_views[0].size
         blank = torch.zeros(1, 3, size, size, device=device)  # for the shapes alone
-        writer = data.open_cache_writer(
+        return data.open_cache_writer(
             {n: (fingerprints[n], module.run_teacher(n, blank)) for n in module.teacher_names}
         )
-        barrier()
-        loader = data.precompute_dataloader(trainer.global_rank, trainer.world_size)
-        barrier()
-        if loader is None:
-            return
+
+    def _compute(
+        self,
+        trainer: pl.Trainer,
+        module: DistillationModule,
+        loader: ShardLoader,
+        writer: FeatureCacheWriter,
+    ) -> None:
+        device = trainer.strategy.root_device
         columns = (
             TextColumn("   teachers' features"),
             BarColumn(),

@@ -6,12 +6,14 @@ import json
 import logging
 import statistics
 from collections import deque
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from multikd.distributed import all_gather_object, rank, world_size
 from multikd.modules.records import StepRecord
 
 log = logging.getLogger(__name__)
@@ -48,13 +50,25 @@ class LossSpikes(pl.Callback):
         self._folder = Path()
 
     def state_dict(self) -> dict[str, Any]:
-        """The recent losses survive a checkpoint (those of rank 0)."""
+        """The recent losses survive; ``on_save_checkpoint`` puts in those of the other ranks."""
+        return {"ranks": [self._own()]}
+
+    def _own(self) -> dict[str, Any]:
         return {"spikes": self.spikes, "recent": list(self._recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up again."""
-        self.spikes = int(state_dict["spikes"])
-        self._recent.extend(float(value) for value in state_dict["recent"])
+        """Each rank takes its own up again; of another number of ranks, what they have together.
+
+        Then rank 0 keeps the count of all, and every rank compares with losses of all of them.
+        """
+        ranks = state_dict["ranks"]
+        if len(ranks) == world_size():
+            ranks = [ranks[rank()]]
+        total = sum(int(one["spikes"]) for one in ranks)
+        self.spikes = total if len(ranks) == 1 or rank() == 0 else 0
+        self._recent.clear()
+        for values in zip_longest(*(one["recent"] for one in ranks)):
+            self._recent.extend(float(value) for value in values if value is not None)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the log folder."""
@@ -82,10 +96,12 @@ class LossSpikes(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look at what is left (its state was taken before: a look later than on a CPU)."""
+        """Look at what is left, and keep what all ranks know (Lightning has all of them save)."""
         self._look(trainer.global_rank)
+        if "callbacks" in checkpoint:
+            checkpoint["callbacks"][self.state_key] = {"ranks": all_gather_object(self._own())}
 
-    def _look(self, rank: int) -> None:
+    def _look(self, number: int) -> None:
         pending, self._pending = self._pending, []
         if not pending:
             return
@@ -93,7 +109,7 @@ class LossSpikes(pl.Callback):
         for (epoch, batch, record), total in zip(pending, totals, strict=True):
             limit = self.limit()
             if limit is not None and total > limit:
-                self._say(rank, epoch, batch, record, total, limit)
+                self._say(number, epoch, batch, record, total, limit)
             if abs(total) < float("inf"):  # neither infinite nor NaN, which another callback names
                 self._recent.append(total)
 
@@ -107,7 +123,7 @@ class LossSpikes(pl.Callback):
         return median + self.threshold * spread
 
     def _say(
-        self, rank: int, epoch: int, batch: int, record: StepRecord, total: float, limit: float
+        self, number: int, epoch: int, batch: int, record: StepRecord, total: float, limit: float
     ) -> None:
         self.spikes += 1
         per_teacher = record.losses.mean(dim=1).tolist()
@@ -120,7 +136,7 @@ class LossSpikes(pl.Callback):
             "keys": record.keys,
         }
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"spikes.{rank}.jsonl").open("a", encoding="utf-8") as file:
+        with (self._folder / f"spikes.{number}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.spikes == 10 ** (len(str(self.spikes)) - 1):  # the 1st, 10th, 100th …
             shown = ", ".join(record.keys[:5])
@@ -128,5 +144,5 @@ class LossSpikes(pl.Callback):
                 "the loss jumped to %.4g in batch %d of epoch %d (recent ones stay below %.4g): "
                 "images %s%s; %d such batches so far, all in %s",
                 *(total, batch, epoch, limit, shown, " …" if len(record.keys) > 5 else ""),
-                *(self.spikes, f"spikes.{rank}.jsonl"),
+                *(self.spikes, f"spikes.{number}.jsonl"),
             )

@@ -4,6 +4,8 @@ What this mode cannot promise, beside the indexed one:
 
 - The order depends on the number of ranks and workers: each worker streams its own shards. It is
   the same again for the same (seed, epoch, ranks, workers).
+- Shards that can't be read any more end a run of one process at once. Of several ranks the one that
+  found them gives grey batches, which carry no loss, until ``DataFaults`` stops all of them.
 - A sample is not seen exactly once an epoch: an epoch is ``epoch_batches`` batches on every rank,
   and a worker begins its shards again when they are used up.
 - Resuming inside an epoch means reading up to that place.
@@ -25,9 +27,10 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from multikd.data.counters import Stream, permutation
-from multikd.data.dataset import Sample, decode_members
+from multikd.data.dataset import NO_STAND_IN, Sample, decode_members
 from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault
 from multikd.data.remote import RemoteCache, is_remote, public_name
+from multikd.data.sampler import FILLER
 from multikd.data.sources import expand_urls
 from multikd.data.tar import stream_members
 from multikd.data.views import DrawKey, ViewPolicy
@@ -136,8 +139,20 @@ class SequentialShards(IterableDataset[Batch]):
         self.check_workers(workers)
         samples = self._samples(worker, workers)
         # The loader takes batches from its workers in turn, so worker w gives w, w + workers, ….
+        lost: ValueError | None = None
         for number in range(worker, self.epoch_batches, workers):
-            yield self._batch(number, samples)
+            if lost is None:
+                try:
+                    batch = self._batch(number, samples)
+                except ValueError as error:
+                    if self.world == 1:
+                        raise
+                    # One that raised alone would hang the others.
+                    lost, batch = error, self._grey()
+                    batch.faults.append(Fault(NO_STAND_IN, "", batch.keys[0], str(error)))
+                yield batch
+            else:
+                yield self._grey()
 
     def _samples(self, worker: int, workers: int) -> Iterator[tuple[str, dict[str, bytes], str]]:
         """(key, members, shard) of this worker's shards, over and over."""
@@ -219,6 +234,25 @@ class SequentialShards(IterableDataset[Batch]):
             raise
         finally:
             pipe.close()
+
+    def _grey(self) -> Batch:
+        """A batch that only keeps the ranks in step."""
+        count, views = self.batch_size, len(self.policies)
+        none = torch.full((count,), -1, dtype=torch.int64)
+        size = max(len(policy.names) for policy in self.policies)
+        return Batch(
+            views=[
+                torch.full((count, 3, policy.size, policy.size), 128, dtype=torch.uint8)
+                for policy in self.policies
+            ],
+            labels=none,
+            keys=["nothing"] * count,
+            dataset=torch.zeros(count, dtype=torch.int64),
+            positions=torch.full((count,), FILLER, dtype=torch.int64),
+            samples=none.clone(),
+            view_parameters=torch.zeros(count, views, size),
+            recorded=none.clone(),
+        )
 
     def _batch(self, number: int, samples: Iterator[tuple[str, dict[str, bytes], str]]) -> Batch:
         first = (number * self.world + self.rank) * self.batch_size

@@ -195,24 +195,32 @@ def stream_members(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
         Exception: of nearly any kind, where it is no such stream.
     """
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StreamedInfo, errors="replace") as tar:
-        for info in _headers(tar):
-            if info.isdir() or _refusal(info) or info.size > _MOST_MEMBER:
+        for info in _headers(tar, _MOST_MEMBER + 4 * _MOST_HEADER):
+            if info.isdir() or _refusal(info):
                 continue
             file = tar.extractfile(info)
             if file is not None:
                 yield info.name, file.read()
 
 
-def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _headers(tar: tarfile.TarFile, most: int | None = None) -> Iterator[tarfile.TarInfo]:
     """The headers in turn; none is kept, as an archive may have millions.
 
+    Args:
+        tar: open for reading.
+        most: bytes from one to the next. Of a stream, where a pax header's size of thirty digits
+            would be read up to, long after its end.
+
     Raises:
-        ValueError: a negative size leads back, where Python before 3.11.14 reads for ever.
+        ValueError: a size that is too large, or a negative one, which leads back (there Python
+            before 3.11.14 reads for ever).
     """
     reached = 0
     while (info := tar.next()) is not None:
         if tar.offset <= reached:
             raise ValueError(f"the header before byte {reached} leads backwards")
+        if most is not None and tar.offset - reached > most:
+            raise ValueError(f"it promises {info.size} bytes, more than {_MOST_MEMBER}")
         reached = tar.offset
         tar.members.clear()  # type: ignore[attr-defined]
         yield info

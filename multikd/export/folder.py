@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from multikd.files import abandoned, in_use, remove_abandoned
+
 CONFIG, MANIFEST = "config.json", "manifest.json"
 
 
@@ -28,9 +30,10 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        yield temporary
-        _publish(temporary)
-        _move(temporary, out)
+        with in_use(temporary):
+            yield temporary
+            _publish(temporary)
+            _move(temporary, out)
     except Exception as error:
         if is_full(error):
             raise OSError(
@@ -43,7 +46,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Refuse a name that is taken, before any work is done."""
+    """Refuse a name that is taken, before any work is done; tidy up after killed processes."""
+    _tidy(out)
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
@@ -99,10 +103,21 @@ def _move(temporary: Path, out: Path) -> None:
         return
     retired = out.parent / f".{out.name}.{os.getpid()}.old"
     shutil.rmtree(retired, ignore_errors=True)
-    out.rename(retired)
-    try:
-        temporary.rename(out)
-    except BaseException:
-        retired.rename(out)
-        raise
-    shutil.rmtree(retired)
+    with in_use(out):
+        out.rename(retired)
+        try:
+            temporary.rename(out)
+        except BaseException:
+            retired.rename(out)
+            raise
+        shutil.rmtree(retired)
+
+
+def _tidy(out: Path) -> None:
+    """Undo what killed processes left beside ``out``: one died between ``_move``'s two renames."""
+    for earlier in abandoned(out, ".old"):
+        if out.exists():
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            earlier.rename(out)
+    remove_abandoned(out, ".tmp")

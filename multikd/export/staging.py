@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from multikd.files import in_use, remove_abandoned
+
 DATA_SUFFIX = ".data"
 
 
@@ -30,12 +32,14 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         remedy = "give a file name" if out.is_dir() else "give another name, or overwrite it"
         raise ValueError(f"{out} exists already: {remedy}")
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out, ".tmp")
     folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir()
-        yield folder / out.name
-        _move(folder, out)
+        with in_use(folder):
+            yield folder / out.name
+            _move(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

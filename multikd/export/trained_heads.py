@@ -15,6 +15,7 @@ from multikd.backbones import skeleton
 from multikd.checkpoints import TrainedStudent
 from multikd.errors import unknown_name
 from multikd.grids import target_grid
+from multikd.imports import only_allowed
 from multikd.ladder import Ladder
 from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.normalizers import EMAStandardizers, FeatureNormalizer, NormalizerFactory
@@ -162,4 +163,5 @@ def _instantiate(base: type[Any], settings: dict[str, Any] | None) -> Any:
         return None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "object")
-    return parser.instantiate(parser.parse_object({"object": settings})).object
+    with only_allowed():
+        return parser.instantiate(parser.parse_object({"object": settings})).object

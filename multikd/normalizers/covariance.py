@@ -103,6 +103,11 @@ class CovarianceNormalizer(FeatureNormalizer):
         if int(self.images_seen) >= self.images or self._due(int(self.updates)):
             self._decompose()
 
+    def rescale_updates(self, factor: float) -> None:
+        """See ``FeatureNormalizer``; ``every``, where the factory has set it, stays in updates."""
+        if factor != 1.0:
+            self.updates.copy_((self.updates.double() * factor).round().long())
+
     def set_statistics(self, statistics: Mapping[TokenType, Statistics]) -> None:
         """Take measured statistics in place of measuring; nothing is learnt from then on."""
         for token, of in statistics.items():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from multikd.checkpoints import TrainedStudent, WeightChoice, load_student
 from multikd.errors import unknown_name
 from multikd.export.text import TextTower
+from multikd.imports import only_allowed
 from multikd.retention.digest import fingerprint
 from multikd.types import EncoderSpec, Grid, TokenFeatures
 
@@ -391,7 +392,8 @@ def build(base: type[Any], settings: dict[str, Any]) -> Any:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "object")
-    return parser.instantiate(parser.parse_object({"object": settings})).object
+    with only_allowed():
+        return parser.instantiate(parser.parse_object({"object": settings})).object
 
 
 def _open_folder(

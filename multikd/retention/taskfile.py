@@ -16,6 +16,7 @@ from multikd.config_errors import condense, subclass_names
 from multikd.config_files import read_yaml
 from multikd.errors import unknown_name
 from multikd.evaluation.task import Task
+from multikd.imports import ImportRefusedError, only_allowed
 from multikd.retention.datasets import DataSpec
 from multikd.shipped import find_tasks
 
@@ -113,7 +114,10 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Any:
     parser.add_argument("--data", type=dict[str, DataSpec])
     parser.add_argument("--tasks", type=dict[str, Task])
     try:
-        return parser.instantiate(parser.parse_object(dict(content)))
+        with only_allowed():
+            return parser.instantiate(parser.parse_object(dict(content)))
+    except ImportRefusedError as error:
+        raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # of jsonargparse, or of a task's constructor
         raise ValueError(f"{path}: {condense(str(error))}") from error
 

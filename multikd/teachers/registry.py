@@ -15,6 +15,7 @@ from torch import nn
 
 from multikd.backbones import is_skeleton
 from multikd.errors import unknown_name
+from multikd.imports import check_import
 from multikd.types import Encoder
 
 SCHEMES = ("timm", "open_clip", "hf", "torchvision", "packaged", "exported", "local-dir", "onnx")
@@ -108,6 +109,7 @@ def _user_encoder(path: str, checkpoint: str | None, image_size: int | None) -> 
     module_name, _, attribute = path.replace(":", ".").rpartition(".")
     if not module_name or not all(p.isidentifier() for p in (*module_name.split("."), attribute)):
         raise ValueError(f"no encoder is called {path!r}: write {_FORMS}")
+    check_import(f"{module_name}.{attribute}")
     try:
         factory: Any = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

@@ -105,6 +105,17 @@ def test_faults_are_skipped_and_counted(tmp_path: Path) -> None:
     everything = make_shards(tmp_path / "all", [40], broken=range(40))
     with pytest.raises(ValueError, match="samples of one batch cannot be read"):
         list(stream(everything, tmp_path))
+    # Of two ranks, the one that found them goes on in step, and says why.
+    two = make_shards(tmp_path / "two", [40, 40], broken=range(40))
+    batches = list(stream(two, tmp_path, world=2, shuffle_buffer=0))
+    (fault,) = [fault for batch in batches for fault in batch.faults]
+    assert fault.cause == "no stand-in"
+    assert "samples of one batch cannot be read" in fault.detail
+    assert [batch.positions.tolist() for batch in batches] == [[-1] * 5] * 6
+    assert {int(v) for batch in batches for v in batch.views[0].unique()} == {128}
+    other = list(stream(two, tmp_path, rank=1, world=2, shuffle_buffer=0))
+    assert [len(batch) for batch in other] == [len(batch) for batch in batches]
+    assert not any(batch.faults for batch in other)
 
 
 def test_streams_without_samples_stop(tmp_path: Path) -> None:

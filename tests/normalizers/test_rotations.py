@@ -157,6 +157,14 @@ def test_the_schedule_of_decompositions(monkeypatch: pytest.MonkeyPatch) -> None
     calls.clear()
     learn(phis(8, images=110, every=5), rows, 10)
     assert calls == [1, 5, 10, 11]
+    # A run that goes on with half the batch: five updates were what ten are now.
+    calls.clear()
+    normalizer = phis(8, images=110)
+    learn(normalizer, rows[:50], 10)
+    normalizer.rescale_updates(2.0)
+    learn(normalizer, rows[50:], 5)
+    assert calls == [1, 2, 4, 16, 22]
+    assert normalizer.get_buffer("images_seen") == 110
 
 
 def test_patches_count_images_and_slices_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

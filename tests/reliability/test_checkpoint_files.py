@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from multikd import saving
 from multikd.callbacks import SaveOnSignal
-from multikd.files import TEMPORARY_SUFFIX
+from multikd.export.folder import CONFIG, new_folder
+from multikd.export.staging import staged
+from multikd.files import TEMPORARY_SUFFIX, remove_abandoned
 from multikd.saving import (
     CheckpointNotWrittenError,
     VerifiedCheckpointIO,
@@ -192,3 +196,60 @@ def test_a_full_disk_stops_both_ranks(little_disk: Path) -> None:
     assert first[0].startswith("the disk is full: ")
     assert first[2]
     assert (first[1], second[1]) == (4, 4)  # both learn of it after the step that follows
+
+
+def export(out: Path, content: str) -> None:
+    with new_folder(out, overwrite=True) as folder:
+        (folder / CONFIG).write_text(f'{{"origin": "multikd", "is": "{content}"}}')
+
+
+def killed(out: Path, when: str) -> None:
+    """A process that is killed while it exports."""
+    if when == "between the renames":
+        original = Path.rename
+
+        def once(path: Path, to: Path) -> Any:
+            if path.name.endswith(".tmp"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(path, to)
+
+        Path.rename = once  # type: ignore[method-assign, assignment]
+        export(out, "second")
+    elif when == "a file":
+        with staged(out, overwrite=False):
+            os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        with new_folder(out, overwrite=True):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("when", ["a folder", "between the renames", "a file"])
+def test_what_a_killed_export_leaves_is_gone_with_the_next(when: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if when == "between the renames":
+        export(out, "first")
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=killed, args=(out, when))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    left = sorted(p.name.rpartition(".")[2] for p in tmp_path.iterdir())
+    assert left == (["old", "tmp"] if when == "between the renames" else ["tmp"])
+    with new_folder(tmp_path / "other"), new_folder(tmp_path / "out.1"):
+        pass
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith(".out.")]) == len(left)
+    if when == "a file":
+        with staged(out, overwrite=False) as path:
+            path.write_text("whole")
+    else:
+        if when == "between the renames":
+            with pytest.raises(ValueError, match="exists already"), new_folder(out):
+                pass
+            assert '"first"' in (out / CONFIG).read_text()  # is back
+        with new_folder(out, overwrite=True):
+            # What a living process writes is left alone, though the number is another's.
+            (mine,) = [p for p in tmp_path.iterdir() if p.name.startswith(".out.")]
+            living = mine.rename(mine.with_name(".out.1.tmp"))
+            remove_abandoned(out, ".tmp")
+            living.rename(mine)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,26 +117,75 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=12, deadline=None)
-@given(cut=st.integers(1, 4), size=st.integers(1, 7), workers=st.sampled_from([0, 0, 0, 2]))
-def test_the_loader_itself(folder: Path, cut: int, size: int, workers: int) -> None:
-    """Real shards and workers: keys of the batches before and after are the epoch's keys."""
+@settings(max_examples=100, deadline=None)
+@given(
+    worlds=st.sampled_from([(2, 1), (1, 2), (1, 1), (2, 2)]),
+    workers=st.sampled_from([(0, 0)] * 9 + [(0, 2)]),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    cut=st.floats(0.0, 1.0),
+    seed=st.integers(0, 99),
+)
+def test_the_loader_itself(
+    folder: Path,
+    worlds: tuple[int, int],
+    workers: tuple[int, int],
+    sizes: tuple[int, int],
+    cut: float,
+    seed: int,
+) -> None:
+    """Real shards, ranks and workers: every key of the epoch once, before and after the change."""
+    first = Loaders(folder, worlds[0], sizes[0], workers[0], seed)
+    batches = first.read()
+    done = max(1, int(cut * len(batches)))  # 0 would be the beginning of an epoch
+    state = first.state(done)
+    second = Loaders(folder, worlds[1], sizes[1], workers[1], seed, state)
+    seen = [key for batch in batches[:done] for key in batch]
+    rest = [key for batch in second.read() for key in batch]
+    assert seen + rest == [key for batch in batches for key in batch]
+    assert len(seen + rest) == len(set(seen + rest)) == state.stop
 
-    def made(batch: int, workers: int) -> ShardDataModule:
+
+class Loaders:
+    """One data module a rank, as the ranks' processes have them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        world: int,
+        size: int,
+        workers: int,
+        seed: int,
+        resumed: LoaderState | None = None,
+    ) -> None:
         urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-        views = LightViews(16)
-        return ShardDataModule(urls, train_views=views, batch_size=batch, num_workers=workers)
+        self.world, self.size, self.ranks = world, size, []
+        for rank in range(world):
+            data = ShardDataModule(
+                urls, train_views=LightViews(8), batch_size=size, num_workers=workers, seed=seed
+            )
+            place = {"global_rank": rank, "world_size": world}
+            rules = {"limit_train_batches": 1.0, "accumulate_grad_batches": 1}
+            data.trainer = SimpleNamespace(**place, **rules)  # type: ignore[assignment]
+            if resumed is not None:
+                data.load_state_dict(resumed.state_dict())
+            self.ranks.append(data)
 
-    first = made(5, 0)
-    keys = [batch.keys for batch in first.train_dataloader()]
-    second = made(size, workers)
-    state = LoaderState(0, cut, 5 * cut, 20, 5, 1, 1, first.order_identity())
-    second.load_state_dict(state.state_dict())
-    batches = list(second.train_dataloader())
-    second.teardown()
-    first.teardown()
-    rest = [k for b in batches for k, p in zip(b.keys, b.positions, strict=True) if p >= 0]
-    assert rest == [key for batch in keys[cut:] for key in batch]
+    def read(self) -> list[list[str]]:
+        """Keys of each global batch; fillers left out."""
+        steps: list[list[str]] = []
+        loaders = [data.train_dataloader() for data in self.ranks]
+        for parts in zip(*loaders, strict=True):
+            assert len({len(part) for part in parts}) == 1  # ranks stay in step
+            rows = [zip(p.keys, p.positions.tolist(), strict=True) for p in parts]
+            steps.append([key for row in rows for key, place in row if place != FILLER])
+        for data in self.ranks:
+            data.teardown()
+        return steps
+
+    def state(self, done: int) -> LoaderState:
+        span = self.size * self.world
+        order = self.ranks[0].order_identity()
+        return LoaderState(0, done, done * span, 23 // span * span, self.size, self.world, 1, order)
 
 
 @pytest.mark.parametrize(("size", "accumulate"), [(3, 2)])

@@ -21,7 +21,7 @@ import yaml
 from data.shard_maker import make_shards
 from torch import nn
 
-from multikd.checkpoints import read_checkpoint, read_config
+from multikd.checkpoints import build_student, read_checkpoint, read_config
 from multikd.cli import main
 from multikd.config_files import load_config, parse_yaml, refuse_shell
 from multikd.config_parser import Unbuildable, construct
@@ -29,6 +29,8 @@ from multikd.data.cache import CacheSource, FeatureCache, FeatureCacheWriter
 from multikd.data.index import ShardIndex, build_index
 from multikd.data.tar import scan_tar, stream_members
 from multikd.redaction import redact, redact_values
+from multikd.retention.taskfile import read_task_file
+from multikd.teachers import load_encoder
 from multikd.types import TokenFeatures
 from multikd.untrusted import inside, read_bytes, read_json
 
@@ -229,7 +231,70 @@ def test_an_encoder_s_path_is_not_called_to_find_out(
     config = place.config()
     config["model"]["teachers"]["vit"]["init_args"] = {"encoder": name}
     assert place.run(config) == 2
-    assert "it is not called" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{name} is of Python's standard library, which no config may name" in said
+    with pytest.raises(ValueError, match="it is not called"):  # nor from code
+        load_encoder(name)
+
+
+STRANGER = """
+from pathlib import Path
+Path({canary!r}).mkdir()
+import lightning.pytorch as pl
+from multikd.students import StudentEncoder
+class Callback(pl.Callback): ...
+class Student(StudentEncoder): ...
+"""
+
+
+@pytest.fixture
+def stranger(place: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A folder with a module of its own, as ``multikd`` is run inside it."""
+    code = STRANGER.format(canary=str(place.canary))
+    (place.root / "their_code.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(place.root)
+    yield place
+    sys.modules.pop("their_code", None)
+
+
+def test_a_module_that_a_config_names_is_not_imported(
+    stranger: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for field, value in (
+        ("callback", {"class_path": "their_code.Callback"}),
+        ("callable", "their_code.Callback"),
+        ("student", {"class_path": "their_code.Student", "init_args": {"name": "test_resnet"}}),
+        ("encoder", "their_code.Student"),
+    ):
+        config = stranger.config()
+        FIELDS[field](config, value)
+        assert stranger.run(config) == 2
+        said = capsys.readouterr().err
+        assert f"{value if isinstance(value, str) else value['class_path']} is not imported" in said
+        assert "add --allow_code=their_code to the command" in said
+    assert stranger.run(stranger.config(), "--allow_code=os") == 2
+    assert "a package or module of your own" in capsys.readouterr().err
+    settings = {"class_path": "their_code.Student", "init_args": {"name": "test_resnet"}}
+    with pytest.raises(ValueError, match="their_code.Student is not imported"):
+        build_student(settings)
+    tasks = "data: {a: {}}\ntasks: {a: {protocol: their_code.Student, data: a}}\n"
+    (stranger.root / "t.yaml").write_text(tasks, encoding="utf-8")
+    with pytest.raises(ValueError, match="their_code.Student is not imported"):
+        read_task_file(stranger.root / "t.yaml")
+    assert not stranger.canary.exists()
+    assert "their_code" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "trusted", [["--allow_code=their_code"], ["--trainer.callbacks+=their_code.Callback"]]
+)
+def test_one_that_the_user_names_is(stranger: Place, trusted: list[str]) -> None:
+    """By flag for what is in the config, or typed itself."""
+    config = stranger.config()
+    if "--allow_code" in trusted[0]:
+        FIELDS["callback"](config, {"class_path": "their_code.Callback"})
+    assert stranger.run(config, *trusted, "--trainer.limit_train_batches=1") == 0
+    assert stranger.canary.exists()
 
 
 @pytest.mark.parametrize("name", ["shutil.rmtree", "os.abort"])
@@ -244,6 +309,15 @@ def test_a_function_of_the_standard_library_is_no_callback(
     with pytest.raises(Unbuildable, match="standard library, which no config may have called"):
         construct(dict, hook=getattr(sys.modules[module], function))
     assert construct(dict, hook=make_shards, kind=int) == {"hook": make_shards, "kind": int}
+
+
+def test_null_where_a_number_belongs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    config = place.config()
+    config["data"]["num_workers"] = None
+    assert place.run(config) == 2
+    assert "num_workers is null, expected a value of type int" in capsys.readouterr().err
+    with pytest.raises(Unbuildable, match="takes no such|unexpected keyword"):
+        construct(Mine, no_such=3)  # a TypeError in a sentence, too
 
 
 def test_a_config_cannot_start_a_shell(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,6 +391,18 @@ def test_a_header_that_promises_terabytes(kind: bytes, tmp_path: Path) -> None:
         list(stream_members(file))
     path.write_bytes(header(kind, 0) * 3000 + b"\0" * 1024)
     with path.open("rb") as file, pytest.raises(ValueError, match="not a tar archive"):
+        scan_tar(file, path, path.stat().st_size)
+
+
+def test_a_size_of_thirty_digits_is_not_read_up_to(tmp_path: Path) -> None:
+    """In a pax record, which counts after the header itself was judged."""
+    path, info = tmp_path / "a.tar", tarfile.TarInfo("a.jpg")
+    info.pax_headers, info.size = {"size": "9" * 30}, 3
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"abc"))
+    with path.open("rb") as file, pytest.raises(ValueError, match="promises 9{30} bytes"):
+        list(stream_members(file))
+    with path.open("rb") as file, pytest.raises(ValueError, match="is not a tar archive"):
         scan_tar(file, path, path.stat().st_size)
 
 
@@ -584,6 +670,19 @@ def test_a_gigantic_model_is_not_built(
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match="can't be loaded"):
         multikd.load(folder)
+
+
+@pytest.mark.parametrize(
+    "mean", [1e308, [[0.5], 0.5, 0.5], [0.5, 0.5], ["a", 1, 2], [float("nan"), 1, 2], {"a": 1}]
+)
+def test_a_mean_of_other_types_is_refused(mean: Any, exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"]["mean"] = mean
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="mean must be three numbers"):
+        load_encoder(f"exported:{folder}")
 
 
 def test_a_gigantic_head_and_links_are_refused(exported: Path, tmp_path: Path) -> None:

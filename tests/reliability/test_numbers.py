@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +16,21 @@ import pytest
 import torch
 from helpers import training as small
 from helpers.ddp import run_ranks
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from multikd.callbacks import FiniteLossGuard, LossSpikes, NonFiniteLossError
+import multikd
+from multikd.callbacks import (
+    FiniteLossGuard,
+    LossSpikes,
+    NonFiniteLossError,
+    StallWatch,
+    Throughput,
+)
 from multikd.fit_faults import LostRankError, OutOfMemoryError, explained
 from multikd.losses import DynamicWeightAverage, InverseLossScale
 from multikd.modules import DistillationModule
 from multikd.normalizers import EMAStandardizers
+from multikd.saving import newest_whole, steps_in
 from multikd.types import Batch
 
 
@@ -135,16 +148,33 @@ def test_some_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert (again.skipped, again.in_a_row) == (3, 2)
 
 
+class Keep(pl.Callback):
+    """Saves at the end, and keeps what the callback before it put in."""
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        self.kept = checkpoint["callbacks"]["LossSpikes"]
+
+
 def on_two(folder: Path) -> dict[str, Any]:
-    guard = FiniteLossGuard(max_in_a_row=2)
-    _, model = fit(folder, Break("teacher", (2,), rank=1), guard, make=small.ddp_trainer)
+    guard, spikes, keep = FiniteLossGuard(max_in_a_row=2), LossSpikes(window=10), Keep()
+    broken = Break("teacher", (2,), rank=1)
+    _, model = fit(folder, broken, guard, spikes, keep, make=small.ddp_trainer)
+    own = list(spikes._recent)
+    spikes.spikes = 3
+    spikes.load_state_dict(keep.kept)
+    again = (spikes.spikes, list(spikes._recent))
+    alone = {"ranks": [{"spikes": n, "recent": [n, n + 0.5]} for n in (1, 2, 3)]}
+    spikes.load_state_dict(alone)  # of another number of ranks
+    pooled = (spikes.spikes, list(spikes._recent))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     lost = ""
     try:
         fit(folder, Break("gradient", (1, 2), rank=1), guard, make=small.ddp_trainer)
     except NonFiniteLossError as error:
         lost = str(error)
-    return {"skipped": guard.skipped, "state": state, "lost": lost}
+    kept = {"kept": keep.kept, "own": own, "again": again, "pooled": pooled}
+    return {"skipped": guard.skipped, "state": state, "lost": lost, **kept}
 
 
 def test_all_ranks_skip_together(tmp_path: Path) -> None:
@@ -156,6 +186,13 @@ def test_all_ranks_skip_together(tmp_path: Path) -> None:
         assert torch.isfinite(value).all(), key
         if not key.split(".")[-1].startswith(("running_", "num_batches")):  # a rank's own
             assert torch.equal(value, second["state"][key]), key
+    # Each rank's own recent losses are in the one checkpoint, and come back to it.
+    assert first["kept"] == second["kept"]
+    assert [one["recent"] for one in first["kept"]["ranks"]] == [first["own"], second["own"]]
+    assert first["own"] != second["own"]
+    assert [rank["again"] for rank in (first, second)] == [(0, first["own"]), (0, second["own"])]
+    pooled = [1, 2, 3, 1.5, 2.5, 3.5]
+    assert [rank["pooled"] for rank in (first, second)] == [(6, pooled), (0, pooled)]
 
 
 def test_spikes_are_noted_with_their_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -186,6 +223,34 @@ def test_spikes_are_noted_with_their_keys(tmp_path: Path, caplog: pytest.LogCapt
     assert other.limit() == spikes.limit()
     with pytest.raises(ValueError, match="window at least 10"):
         LossSpikes(window=3)
+
+
+def test_a_clock_that_jumps_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By years, forwards and back, at every look at it; a second's patience is by another clock."""
+    expected, _ = fit(tmp_path)
+    jumps = itertools.cycle((4e9, 0.0, 2e9, -1e9))
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    saver = ModelCheckpoint(
+        tmp_path, every_n_train_steps=1, save_top_k=2, monitor="step", mode="max"
+    )
+    watch = StallWatch(minutes=60.0)
+    notes, _ = fit(tmp_path, saver, watch, Throughput(), enable_checkpointing=True)
+    assert notes.totals == expected.totals
+    assert notes.keys == expected.keys
+    for path, when in zip(sorted(tmp_path.glob("*.ckpt")), (3e9, 1e9), strict=True):
+        os.utime(path, (when, when))
+    found = newest_whole(tmp_path.glob("*.ckpt"), [].append)
+    assert found is not None
+    assert found.step == 6
+    assert max(tmp_path.glob("*.ckpt"), key=steps_in) == found.path
+
+
+def test_nothing_asks_the_clock_but_what_dates_a_report() -> None:
+    """Waits, time-outs and choices of files go by the monotonic clock or by steps."""
+    for path in Path(multikd.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        asks = re.search(r"\btime\.time\(|\bdate(time)?\.(now|today)\(", text)
+        assert asks is None or path.parent.name == "retention", path
 
 
 def test_faults_of_machines_in_one_sentence(tmp_path: Path) -> None:

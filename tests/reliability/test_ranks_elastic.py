@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from data.shard_maker import make_shards
 from helpers import resuming
@@ -87,39 +89,90 @@ def test_from_one_rank_to_two_and_back(tmp_path: Path) -> None:
 
 
 HANGS = """
-import sys, time
-from pathlib import Path
-from helpers import training as small
-from multikd.callbacks import StallWatch
-
-class Hang(small.pl.Callback):
+import time
+import lightning.pytorch as pl
+class Hang(pl.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):
-        if index == 2:
+        if index == 2 and trainer.global_rank == 1:
             time.sleep(600)
-
-if __name__ == "__main__":
-    data = small.Data([small.batch(count=2, seed=s) for s in range(4)])
-    module = small.module(teachers=small.teachers(1))
-    watch = StallWatch(minutes=1.5 / 60)
-    small.trainer(Path(sys.argv[1]), watch, Hang()).fit(module, datamodule=data)
+"""
+CONFIG = """
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  devices: 2
+  strategy:
+    class_path: lightning.pytorch.strategies.DDPStrategy
+    init_args: {{timeout: "0:00:15"}}
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {folder}/run
+  callbacks:
+    - {{class_path: multikd.callbacks.StallWatch, init_args: {{minutes: 0.4}}}}
+model:
+  teachers:
+    vit:
+      class_path: multikd.teachers.Teacher
+      init_args: {{encoder: "timm:test_vit", checkpoint: {folder}/t.pth, image_size: 32}}
+  student:
+    class_path: StudentEncoder
+    init_args: {{name: test_vit, image_size: 32, rungs: last}}
+  projectors: {{class_path: LinearProjectors}}
+data:
+  train: {folder}/shards
+  train_views: {{class_path: LightViews, init_args: {{size: 32}}}}
+  batch_size: 2
+  num_workers: 0
 """
 
 
-def test_a_rank_that_hangs_ends_and_says_where(tmp_path: Path) -> None:
-    (tmp_path / "hangs.py").write_text(HANGS, encoding="utf-8")
-    tests = Path(__file__).parent.parent
-    paths = os.pathsep.join([str(tests), str(tests.parent)])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(tmp_path / "hangs.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 75, done.stderr
-    assert "rank 0 made no progress for" in done.stderr
-    assert "start the same command again with --resume auto" in done.stderr
-    stack = (tmp_path / "stalled.0.txt").read_text(encoding="utf-8")
+def command_of(folder: Path, rank: int, port: int) -> None:
+    """``multikd fit`` as torchrun starts it, in a process of its own."""
+    file = os.open(folder / f"said.{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 2)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_PORT": port}
+    place |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({key: str(value) for key, value in place.items()}, TORCHELASTIC_RUN_ID="t")
+    os.chdir(folder)
+    from multikd.cli import main
+
+    code = main(["fit", f"--config={folder}/c.yaml", "--trainer.callbacks+=hangs_for_tests.Hang"])
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@pytest.mark.slow
+def test_when_a_rank_hangs_every_rank_ends_with_the_reason(tmp_path: Path) -> None:
+    """Real gloo ranks: the one that waits by its collective's time-out, the other by itself."""
+    make_shards(tmp_path / "shards", [9, 8], size=(32, 32))
+    teacher = timm.create_model("test_vit", num_classes=0, img_size=32)
+    torch.save(teacher.state_dict(), tmp_path / "t.pth")
+    (tmp_path / "hangs_for_tests.py").write_text(HANGS, encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(CONFIG.format(folder=tmp_path), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=command_of, args=(tmp_path, rank, port), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    said = [(tmp_path / f"said.{rank}.txt").read_text(encoding="utf-8") for rank in range(2)]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [75, 75], said
+    assert "multikd: rank 0 of 2 stopped after step 2: another rank died or hung (" in said[0]
+    assert "rank 1 made no progress for" in said[1]
+    for words in said:
+        assert "start the same command again with --resume auto" in words
+    stack = (tmp_path / "run" / "stalled.1.txt").read_text(encoding="utf-8")
     assert "inside batch 2 of epoch 0" in stack or "after batch 1 of epoch 0" in stack
-    assert "hangs.py" in stack  # the line that hung
+    assert "hangs_for_tests.py" in stack  # the line that hung
+    assert not (tmp_path / "run" / "stalled.0.txt").exists()

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-EPOCHS, BATCH = 3, 4
+BATCH = 4
 LENGTHS = {"a": [11, 9], "b": [7, 14]}
 # What the runs take in turn.
 MODELS: list[dict[str, Any]] = [
@@ -64,6 +64,7 @@ class Variant:
 
     world: int
     workers: int
+    epochs: int = 3
 
     def __str__(self) -> str:
         return f"{self.world} process{'es' if self.world > 1 else ''}, {self.workers} workers"
@@ -128,7 +129,7 @@ def config_of(root: Path, run: Path, variant: Variant, number: int) -> dict[str,
     return {
         "seed_everything": number,
         "trainer": {
-            "max_epochs": EPOCHS,
+            "max_epochs": variant.epochs,
             "accelerator": "cpu",
             "devices": variant.world,
             "strategy": "ddp" if variant.world > 1 else "auto",
@@ -296,7 +297,7 @@ def run_killed(
 ) -> Outcome:
     """The same run, killed ``kills`` times and resumed each time."""
     targets = sorted(draw.sample(range(1, batches), kills))
-    per_epoch = batches // EPOCHS
+    per_epoch = batches // variant.epochs
     done, problems = 0, []
     for _ in range(kills + 20):
         pids = start(config, run, variant)
@@ -355,7 +356,7 @@ def soak(root: Path, variant: Variant, kills: int, per_run: int, seed: int) -> d
     """So many kills of one variant, over as many runs as they need."""
     begun, total, runs = time.monotonic(), Outcome(), 0
     length = sum(sum(lengths) for lengths in LENGTHS.values())
-    batches = EPOCHS * (length // BATCH)
+    batches = variant.epochs * (length // BATCH)
     problems: list[str] = []
     while total.kills < kills and runs < 4 * (1 + kills // per_run):
         number = seed + runs
@@ -450,6 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50, help="of the single process (50)")
     parser.add_argument("--kills-ranks", type=int, default=20, help="of two processes (20)")
     parser.add_argument("--per-run", type=int, default=13, help="kills of one run (13)")
+    parser.add_argument("--epochs", type=int, default=3, help="of each run (3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path, help="keep all files in this new folder")
@@ -465,7 +467,11 @@ def main(argv: list[str] | None = None) -> int:
         results: list[dict[str, Any]] = []
         for world, kills in ((1, arguments.kills), (2, arguments.kills_ranks)):
             shares = {0: kills - kills // 2, 2: kills // 2}
-            jobs = [(Variant(world, workers), share) for workers, share in shares.items() if share]
+            jobs = [
+                (Variant(world, workers, arguments.epochs), share)
+                for workers, share in shares.items()
+                if share
+            ]
             # Single processes leave a core free: their two variants run side by side.
             for batch in [jobs] if world == 1 else [[job] for job in jobs]:
                 results += side_by_side(root, batch, arguments.per_run, arguments.seed)

@@ -408,6 +408,7 @@ def torch_values(folder: Path, rng: random.Random, *_: Any) -> None:
             (yaml.safe_dump(config),) * 4 + (text[: len(text) // 2],)
         )
         if what == 4:
+            config = yaml.safe_load(text)
             student = config["model"]["init_args"]["student"]["init_args"]
             student["model_args"] = rng.choice(_MODEL_ARGS)
             content["multikd"]["config"] = yaml.safe_dump(config)
