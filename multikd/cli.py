@@ -43,6 +43,14 @@ first steps:
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one sentence, raised as a ValueError."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A command's own parser says what it does not know, so that its options are offered."""
+        found, rest = super().parse_known_args(args, namespace)
+        passed_on = getattr(found, "passes_settings_on", False)
+        if rest and self._subparsers is None and not passed_on:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong, with the nearest right name."""
         chosen = re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message)

@@ -225,3 +225,13 @@ def test_json_of_lightning_s_commands_is_ours() -> None:
     assert _without_json(["a", "--json", "f", "b"]) == (["a", "b"], Path("f"))
     assert _without_json(["a", "--json=f"]) == (["a"], Path("f"))
     assert _without_json(["a"]) == (["a"], None)
+
+
+def test_an_unknown_option_is_answered_by_its_own_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`evaluate` has a --format of no kind, and `shards write` has: it must not be offered."""
+    assert main(["export", "a.ckpt", "b", "--format", "onnx"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown option '--format': did you mean '--formats'" in error
+    assert "multikd export --help" in error
