@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_shards(commands)
     _add_teachers(commands)
+    _add_cache(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_configs(commands)
@@ -257,6 +258,35 @@ def _add_teachers(commands: Any) -> None:
     stats.add_argument("--overwrite", action="store_true", help="replace FILE")
     stats.set_defaults(passes_settings_on=True)
     _json_argument(stats)
+
+
+def _add_cache(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "cache",
+        _cache,
+        "run a config's teachers once over every recorded view and keep their features",
+        "Everything else is passed on as to `multikd fit`. Run again after an interruption: what\n"
+        "is there is kept, what does not fit its checksum is computed again.\n\nexamples:\n"
+        "  multikd cache --config demo --out features/ --dry-run\n"
+        "  multikd cache --config laptop --data.train=shards/ --data.train_views.recorded=4 \\\n"
+        "    --storage int8 --out features/\n"
+        "  multikd fit --config laptop --data.train=shards/ --data.train_views.recorded=4 \\\n"
+        "    --data.cache=features/\n",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the cache")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say size and time for each teacher, write nothing"
+    )
+    parser.add_argument(
+        "--storage",
+        choices=("float32", "float16", "bfloat16", "int8"),
+        default=None,
+        help="number format (the rest is --data.cache_storage.…: patch_dtype, pca, patch_pca, "
+        "patch_grid, patch_sample)",
+    )
+    parser.set_defaults(passes_settings_on=True)
+    _json_argument(parser)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -547,6 +577,22 @@ def _teachers_inspect(arguments: argparse.Namespace) -> int:
         arguments.name, checkpoint=arguments.checkpoint, image=arguments.image
     )
     return _finish(text, figures, arguments.json)
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from multikd.cache_command import run_cache
+
+    if not arguments.settings:
+        raise ValueError(
+            "cache needs the run whose teachers are to be kept: --config NAME_OR_FILE "
+            "(and --data.train=SHARDS)"
+        )
+    take_over_lightning()
+    settings = list(arguments.settings)
+    if arguments.storage is not None:
+        settings.append(f"--data.cache_storage.dtype={arguments.storage}")
+    found = run_cache(settings, arguments.out, arguments.dry_run)
+    return 0 if found is None else _finish(*found, arguments.json)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

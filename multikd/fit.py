@@ -34,6 +34,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 import multikd
 import multikd.callbacks  # so that a config can name them without their import path
 from multikd import preflight
+from multikd.callbacks.precompute import PrecomputeFeatures
 from multikd.callbacks.preemption import SaveOnSignal, hpc_checkpoints
 from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
 from multikd.config_files import refuse_shell, resolve_configs
@@ -167,8 +168,15 @@ class MultikdCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, VerifiedCheckpointIO()]
         callbacks = settings.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        added: list[pl.Callback] = []
         if not any(isinstance(callback, SaveOnSignal) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, SaveOnSignal()]
+            added.append(SaveOnSignal())
+        cached = isinstance(self.datamodule, ShardDataModule) and self.datamodule.cache is not None
+        if cached and not any(isinstance(callback, PrecomputeFeatures) for callback in callbacks):
+            # What data.cache means: computed where it is missing, read where it is there.
+            added.append(PrecomputeFeatures())
+        if added:
+            kwargs["callbacks"] = [*callbacks, *added]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:

@@ -9,9 +9,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from multikd.data.cache import FeatureCacheWriter
 from multikd.data.module import ShardDataModule
 from multikd.distributed import barrier
 from multikd.modules.distillation import DistillationModule, to_float
+from multikd.types import TOKEN_TYPES, TokenFeatures, stack_token_features
 
 log = logging.getLogger(__name__)
 
@@ -48,53 +50,94 @@ class PrecomputeFeatures(pl.Callback):
             raise ValueError(
                 "PrecomputeFeatures needs a folder for the features: set data.init_args.cache"
             )
-        fingerprints = {name: _fingerprint(pl_module, name) for name in pl_module.teacher_names}
-        complete = data.cache_complete(fingerprints)
+        fingerprints = fingerprints_of(pl_module)
+        complete = data.cache_complete(fingerprints, verify=True)
         barrier()  # every rank has looked before any of them writes
         if complete:
             log.info("teachers' features: complete in %s, no teacher runs", data.cache)
         else:
-            self._fill(trainer, pl_module, data, fingerprints)
+            fill_cache(trainer, pl_module, data, fingerprints, self.progress)
         barrier()
 
-    @torch.no_grad()
-    def _fill(
-        self,
-        trainer: pl.Trainer,
-        module: DistillationModule,
-        data: ShardDataModule,
-        fingerprints: dict[str, str],
-    ) -> None:
-        device = trainer.strategy.root_device
-        module.teachers.to(device)  # the rest follows when Lightning places the module
-        size = data.train_views[0].size
-        blank = torch.zeros(1, 3, size, size, device=device)  # for the shapes alone
-        writer = data.open_cache_writer(
-            {n: (fingerprints[n], module.run_teacher(n, blank)) for n in module.teacher_names}
-        )
+
+def fingerprints_of(module: DistillationModule) -> dict[str, str]:
+    """Name → what the features of each teacher depend on."""
+    return {name: _fingerprint(module, name) for name in module.teacher_names}
+
+
+@torch.no_grad()
+def fill_cache(
+    trainer: pl.Trainer,
+    module: DistillationModule,
+    data: ShardDataModule,
+    fingerprints: dict[str, str],
+    progress: bool = True,
+) -> int:
+    """Compute the rows that the data module's cache lacks; the ranks share them.
+
+    Returns:
+        How many views this rank computed.
+    """
+    device = trainer.strategy.root_device
+    module.teachers.to(device)  # the rest follows when Lightning places the module
+    writer = None
+    for first in (True, False):  # what is measured for int8 and PCA, rank 0 measures
+        if (trainer.global_rank == 0) is first:
+            writer = open_writer(module, data, fingerprints, device)
+            if first:
+                writer.mend()
         barrier()
-        loader = data.precompute_dataloader(trainer.global_rank, trainer.world_size)
-        barrier()
-        if loader is None:
-            return
-        columns = (
-            TextColumn("   teachers' features"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} batches"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        shown = self.progress and trainer.global_rank == 0
-        with Progress(*columns, disable=not shown, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=len(loader))
-            try:
-                for batch in loader:
-                    images = to_float(batch.views[0].to(device))
-                    for name in module.teacher_names:
-                        writer.put(batch, name, module.run_teacher(name, images))
-                    bar.advance(task)
-            finally:
-                writer.finish()  # interrupted, too: what was computed is kept
+    loader = data.precompute_dataloader(trainer.global_rank, trainer.world_size)
+    barrier()
+    if loader is None or writer is None:
+        return 0
+    columns = (
+        TextColumn("   teachers' features"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} batches"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = progress and trainer.global_rank == 0
+    done = 0
+    with Progress(*columns, disable=not shown, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(loader))
+        try:
+            for batch in loader:
+                images = to_float(batch.views[0].to(device))
+                for name in module.teacher_names:
+                    writer.put(batch, name, module.run_teacher(name, images))
+                done += int((batch.positions >= 0).sum())
+                bar.advance(task)
+        finally:
+            writer.finish()  # interrupted, too: what was computed is kept
+    return done
+
+
+def open_writer(
+    module: DistillationModule,
+    data: ShardDataModule,
+    fingerprints: dict[str, str],
+    device: torch.device,
+) -> FeatureCacheWriter:
+    """The writer, with features of real views where scales or bases are measured on them."""
+    size = data.train_views[0].size
+    blank = torch.zeros(1, 3, size, size, device=device)  # for the shapes alone
+    kept = data.cached_teachers()
+    examples: dict[str, TokenFeatures] = {}
+    measured = any(data.cache_storage.measured(token) for token in TOKEN_TYPES)
+    for name in module.teacher_names:
+        if name in kept or not measured:
+            examples[name] = module.run_teacher(name, blank)
+    if len(examples) < len(module.teacher_names):
+        views = [b.views[0] for b in data.example_dataloader(data.cache_storage.examples())]
+        for name in module.teacher_names:
+            if name not in examples:
+                examples[name] = stack_token_features(
+                    [module.run_teacher(name, to_float(v.to(device))).to("cpu") for v in views]
+                )
+    about = {name: {"encoder": module.teacher(name).spec.name} for name in module.teacher_names}
+    return data.open_cache_writer({n: (fingerprints[n], examples[n]) for n in examples}, about)
 
 
 def _fingerprint(module: DistillationModule, name: str) -> str:

@@ -233,7 +233,9 @@ class DistillationModule(pl.LightningModule):
         shift = None if seen == view else view_shift(batch, view, seen)
         student_grids = [rung.grid for rung in output.rungs if rung.grid is not None]
         grids: dict[str, Grid | None] = {
-            name: self._grid(student_grids, targets[name].grid) for name in names
+            # Of a teacher of whom only some patches were kept, the others can't be resampled.
+            name: targets[name].places_grid or self._grid(student_grids, targets[name].grid)
+            for name in names
         }
         predictions = self.ladder(output.rungs, grids, names)
         rows: list[Tensor] = []
@@ -246,7 +248,8 @@ class DistillationModule(pl.LightningModule):
             if training:
                 normalizer.update(raw)
             extra = {"shift": shift} if self.losses[name].uses_shift else {}
-            rows.append(self.losses[name](predictions[name], target, batch, **extra))
+            prediction = at_places(predictions[name], raw)
+            rows.append(self.losses[name](prediction, target, batch, **extra))
             norms[f"prediction/{name}"] = mean_norm(
                 predictions[name].summary, predictions[name].patches
             )
@@ -560,6 +563,18 @@ def on_grid(features: TokenFeatures, grid: Grid | None) -> TokenFeatures:
         patches=resample_patches(features.patches, features.grid, grid),
         grid=grid,
         logits=features.logits,
+    )
+
+
+def at_places(prediction: TokenFeatures, target: TokenFeatures) -> TokenFeatures:
+    """The prediction at the patches that ``target`` has, where a cache kept only some."""
+    if target.places is None or prediction.patches is None:
+        return prediction
+    places = target.places.unsqueeze(2).expand(-1, -1, prediction.patches.shape[2])
+    return TokenFeatures(
+        summary=prediction.summary,
+        patches=prediction.patches.gather(1, places),
+        logits=prediction.logits,
     )
 
 
