@@ -62,6 +62,9 @@ class CachePass(pl.LightningModule):
             self.trainer, module, data, fingerprints_of(module), self.progress
         )
 
+    def forward(self, batch: Any) -> None:
+        """Lightning asks for one."""
+
     def predict_dataloader(self) -> list[Any]:
         """Nothing more."""
         return []

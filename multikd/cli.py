@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_teachers(commands)
     _add_cache(commands)
     _add_evaluate(commands)
+    _add_ablate(commands)
     _add_export(commands)
     _add_configs(commands)
     return parser
@@ -388,6 +389,51 @@ def _add_evaluate(commands: Any) -> None:
     _json_argument(parser)
 
 
+def _add_ablate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "ablate",
+        _ablate,
+        "find out which teachers (and settings) are worth it: train, score and rank combinations",
+        "examples:\n"
+        "  multikd ablate fashion_mnist --out study/ --dry-run\n"
+        "  multikd ablate fashion_mnist --out study/\n"
+        "  multikd ablate mine.yaml --out study/ --processes 4 --seeds 0,1,2,3,4\n"
+        "  multikd ablate mine.yaml --out study/ --slurm slurm_partition=gpu timeout_min=120\n"
+        "\n`multikd configs studies/fashion_mnist` prints a study to start from. Each run is an\n"
+        "ordinary `multikd fit` in a folder of its own. The same command goes on where it was\n"
+        "stopped; DIR/leaderboard.html is kept up to date meanwhile.\n",
+    )
+    parser.add_argument("study", metavar="STUDY", help="YAML file, or the name of a shipped study")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of every run (trainer.max_epochs=2); may be repeated",
+    )
+    parser.add_argument("--seeds", default=None, metavar="0,1,2", help="in place of the study's")
+    parser.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
+    parser.add_argument("--yes", action="store_true", help="run however many there are")
+    parser.add_argument("--processes", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--live", action="store_true", help="no feature cache: teachers run")
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one SLURM task a run, with these settings of submitit",
+    )
+    parser.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="submitit's: local and debug try --slurm on this machine",
+    )
+    _json_argument(parser)
+
+
 class _ListFormats(argparse.Action):
     """Like ``--version``: it needs no other argument."""
 
@@ -628,6 +674,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0 if found is None else _finish(*found, arguments.json)
 
 
+def _ablate(arguments: argparse.Namespace) -> int:
+    from multikd.ablation.commands import AblateSettings, run_ablate, split_seeds
+
+    take_over_lightning()
+    settings = AblateSettings(
+        out=arguments.out,
+        changes=tuple(arguments.set),
+        seeds=split_seeds(arguments.seeds),
+        dry_run=arguments.dry_run,
+        yes=arguments.yes,
+        processes=arguments.processes,
+        slurm=tuple(arguments.slurm),
+        cluster=arguments.cluster,
+        live=arguments.live,
+    )
+    text, figures = run_ablate(arguments.study, settings)
+    return _finish(text, figures, arguments.json)
+
+
 def _teachers_stats(arguments: argparse.Namespace) -> int:
     from multikd.teacher_statistics import run_stats
 
@@ -676,12 +741,19 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _configs(arguments: argparse.Namespace) -> int:
-    from multikd.shipped import find_config, shipped_configs, shipped_fragments, shipped_tasks
+    from multikd.shipped import (
+        find_config,
+        shipped_configs,
+        shipped_fragments,
+        shipped_studies,
+        shipped_tasks,
+    )
 
     fragments = shipped_fragments()
     if arguments.name is not None:
         stem = arguments.name.removesuffix(".yaml")
         others = fragments | {f"tasks/{name}": path for name, path in shipped_tasks().items()}
+        others |= {f"studies/{name}": path for name, path in shipped_studies().items()}
         path = others[stem] if stem in others else find_config(arguments.name)
         print(path.read_text(encoding="utf-8"), end="")
         return 0
@@ -690,6 +762,9 @@ def _configs(arguments: argparse.Namespace) -> int:
         print(f"  {name:<28} {_first_line(path)}")
     print("\ntask files, for `multikd evaluate --tasks NAME` (`multikd configs tasks/NAME`):")
     for name, path in shipped_tasks().items():
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\nstudies, for `multikd ablate NAME` (`multikd configs studies/NAME`):")
+    for name, path in shipped_studies().items():
         print(f"  {name:<28} {_first_line(path)}")
     print("\nfragments, for `--model.teachers.NAME=FRAGMENT` and `--model.student=FRAGMENT`:")
     for name, path in fragments.items():

@@ -361,7 +361,7 @@ def with_kept_config(args: Sequence[str]) -> list[str]:
     return [args[0], f"--config={json.dumps(kept, default=str)}", *args[1:]]
 
 
-def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
+def build_cli(args: Sequence[str], *, run: bool, kind: type[MultikdCLI] = MultikdCLI) -> MultikdCLI:
     """Parse ``args`` and build trainer, model and data; with ``run`` also do what they say.
 
     With ``run`` the first argument is ``fit``, ``validate``, ``test`` or ``predict``.
@@ -373,7 +373,7 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
     own = OwnArguments.taken_from(args) if run else OwnArguments(list(args))
     arguments = resolve_configs(own.rest)
     try:
-        return MultikdCLI(
+        return kind(
             pl.LightningModule,
             pl.LightningDataModule,
             subclass_mode_model=True,
@@ -403,6 +403,23 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
         raise stop.reason from stop.reason.__cause__
     except MisconfigurationException as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+class _ParsedOnly(MultikdCLI):
+    """Parses and checks the types of a config; builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+
+def parse_config(config: dict[str, Any]) -> None:
+    """Check a whole config as far as that goes without building anything.
+
+    Raises:
+        ValueError: an unknown setting or class, or a value of the wrong type, in one sentence.
+    """
+    with without_known_noise():
+        build_cli([f"--config={json.dumps(config, default=str)}"], run=False, kind=_ParsedOnly)
 
 
 @contextmanager

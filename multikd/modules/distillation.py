@@ -144,6 +144,9 @@ class DistillationModule(pl.LightningModule):
         self.average = None if ema_decay is None else StudentAverage(student, ema_decay)
         self.validate_losses = validate_losses
         self.last_records: tuple[StepRecord, ...] = ()
+        # Set by a diagnosis that asks for each teacher's part of the loss, with its graph.
+        self.keeps_parts = False
+        self.kept_parts: dict[str, Tensor] = {}
         # Of dropout and drop path. A buffer, so that a resumed run goes on with the same draws.
         seed = torch.initial_seed() & (2**63 - 1)
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
@@ -261,7 +264,9 @@ class DistillationModule(pl.LightningModule):
             keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
             keep = torch.where(real, keep, 0.0)
             lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
-            total, _ = weigh(losses, keep, lambdas, self.dropper.normalize)
+            total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
+            if self.keeps_parts:
+                self._keep_parts(names, losses, weights)
             total = total + regulariser
             absent = [name for name in self.teacher_names if name not in names]
             if absent:
@@ -289,6 +294,12 @@ class DistillationModule(pl.LightningModule):
         )
         return total, record
 
+    def _keep_parts(self, names: Sequence[str], losses: Tensor, weights: Tensor) -> None:
+        parts = torch.where(weights > 0, weights * losses, 0.0).mean(dim=1)
+        for index, name in enumerate(names):
+            earlier = self.kept_parts.get(name)
+            self.kept_parts[name] = parts[index] if earlier is None else earlier + parts[index]
+
     def _step_number(self, batch_idx: int) -> int:
         """Number of this batch since the start of the run: the same on every rank."""
         if self._trainer is None:
@@ -313,6 +324,7 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch: the mean over its views."""
         losses, records = [], []
+        self.kept_parts = {}
         for view in self.student_views(len(batch.views)):
             loss, record = self.step(batch, view, batch_idx, training=True)
             losses.append(loss)
@@ -468,7 +480,11 @@ class DistillationModule(pl.LightningModule):
         checkpoint[VALIDATED_KEY] = self._validated_at == done
         if done >= 0 and self.device_mesh is None and self.trainer.fit_loop._should_accumulate():
             checkpoint[GRADIENTS_KEY] = gradients_of(self)
-        checkpoint["teachers"] = {
+        checkpoint["teachers"] = self.teacher_facts()
+
+    def teacher_facts(self) -> dict[str, dict[str, str]]:
+        """Encoder, licence, source and fingerprint of every teacher, for checkpoints."""
+        return {
             name: {
                 "encoder": self.teacher(name).spec.name,
                 "licence": self.teacher(name).spec.licence,
