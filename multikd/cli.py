@@ -259,6 +259,26 @@ def _add_teachers(commands: Any) -> None:
     stats.add_argument("--overwrite", action="store_true", help="replace FILE")
     stats.set_defaults(passes_settings_on=True)
     _json_argument(stats)
+    compare = _command(
+        actions,
+        "compare",
+        _teachers_compare,
+        "say which teachers of a config complement one another, and which to take",
+        "Looks at images of data.val (else data.train); with labels it also says what the best\n"
+        "teacher misses and another knows. Everything else is passed on as to `multikd fit`.\n"
+        "\nexamples:\n"
+        "  multikd teachers compare --config laptop --data.train=shards/ --out compared/\n",
+    )
+    compare.add_argument("--images", type=int, default=2000, help="how many (default: 2000)")
+    compare.add_argument("--out", type=Path, default=None, metavar="DIR", help="page and figures")
+    compare.add_argument(
+        "--least",
+        type=float,
+        default=0.01,
+        help="what a teacher must add to be recommended (default: 0.01)",
+    )
+    compare.set_defaults(passes_settings_on=True)
+    _json_argument(compare)
 
 
 def _add_cache(commands: Any) -> None:
@@ -672,6 +692,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         found = commands.run_evaluate(arguments.encoders, settings)
     return 0 if found is None else _finish(*found, arguments.json)
+
+
+def _teachers_compare(arguments: argparse.Namespace) -> int:
+    from multikd.ablation.compare import run_compare
+
+    if not arguments.settings:
+        raise ValueError(
+            "teachers compare needs the run whose teachers are compared: --config NAME_OR_FILE "
+            "(and --data.train=SHARDS)"
+        )
+    take_over_lightning()
+    text, figures = run_compare(
+        arguments.settings, arguments.images, arguments.out, arguments.least
+    )
+    return _finish(text, figures, arguments.json)
 
 
 def _ablate(arguments: argparse.Namespace) -> int:

@@ -273,7 +273,7 @@ def _rank(rows: list[dict[str, Any]]) -> None:
         {label: retention(r) for label, r in measured.items() if math.isfinite(retention(r))},
         {label: r["teacher_seconds_per_image"] for label, r in measured.items()},
     )
-    front = {point.name for point in points if point.on_front}
+    front = {point.encoder for point in points if point.on_front}
     for row in rows:
         row.setdefault("rank", None)
         row.setdefault("behind_best", None)

@@ -172,11 +172,8 @@ def _check(study: Study) -> None:
     if study.sizes is not None and study.subsets != ALL:
         raise ValueError(f"sizes {where} go with subsets: all")
     for axis, levels in study.axes.items():
-        if (
-            not isinstance(levels, dict)
-            or not levels
-            or not all(isinstance(level, dict) for level in levels.values())
-        ):
+        made = isinstance(levels, dict) and levels
+        if not made or not all(isinstance(level, dict) for level in levels.values()):
             raise ValueError(
                 f"the axis {axis!r} {where} needs levels, each of dotted keys and values: "
                 "{LEVEL: {model.dropper: …}}"
