@@ -85,7 +85,7 @@ def extract(
     images: int,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
-    """Name → ``(M, D)`` float32, labels ``(M,)`` (−1 for none), seconds an image of each teacher."""
+    """Name → ``(M, D)`` float32; labels ``(M,)``, −1 for none; seconds an image of each."""
     module.teachers.to(device)
     data.setup("fit")
     parts: dict[str, list[Tensor]] = {name: [] for name in module.teacher_names}
