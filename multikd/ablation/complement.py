@@ -104,7 +104,8 @@ def greedy_by_unlikeness(
 ) -> list[Step]:
     """Teachers by 1 − largest CKA to one before, per unit of cost; the first has a gain of 1."""
     place = {name: i for i, name in enumerate(names)}
-    left, steps = list(names), []
+    left = list(names)
+    steps: list[Step] = []
     while left:
         taken = [place[s.name] for s in steps]
         gains = {n: 1.0 - max((cka[place[n]][t] for t in taken), default=0.0) for n in left}

@@ -132,7 +132,7 @@ def _step_seconds(cli: Any, module: DistillationModule, data: Any, cached: bool)
         begun = time.perf_counter()
         with cli.trainer.precision_plugin.forward_context():
             loss, _ = module.step(batch, 0, number, training=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         module.zero_grad(set_to_none=True)
         taken.append(time.perf_counter() - begun + loading)
         if number >= _STEPS:

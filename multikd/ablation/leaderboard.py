@@ -101,12 +101,12 @@ def worth(
                 sign = 1.0 if tasks.get(measure, {}).get("higher_is_better", True) else -1.0
                 games[measure].setdefault(seed, {})[frozenset(combination.subset)] = sign * value
     found: dict[str, Any] = {"setting": setting, "measures": {}}
-    for measure, by_seed in games.items():
-        complete = {s: g for s, g in by_seed.items() if is_complete(g, names)}
+    for measure, played in games.items():
+        complete = {s: g for s, g in played.items() if is_complete(g, names)}
         if complete:
             found["measures"][measure] = _shapley(complete, names)
-        elif by_seed:
-            found["measures"][measure] = _left_out(by_seed, names)
+        elif played:
+            found["measures"][measure] = _left_out(played, names)
     return found
 
 

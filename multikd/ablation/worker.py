@@ -35,7 +35,7 @@ def write_job(out: Path, tasks: str, data: Sequence[str], hours: float | None) -
     write_text_atomically(out / JOB, json.dumps(content))
 
 
-def work(out: Path, only: Sequence[str] | None = None) -> int:
+def work_on(out: Path, only: Sequence[str] | None = None) -> int:
     """Work on what is left of the plan; returns how many runs were done here.
 
     Args:
@@ -58,11 +58,11 @@ def work(out: Path, only: Sequence[str] | None = None) -> int:
 
 def attempt(study: StudyFolder, run: Run, tasks: str, data: tuple[str, ...]) -> bool:
     """One attempt at a run; a failure is noted with its reason."""
-    from multikd.ablation.work import do
+    from multikd.ablation import work
 
     study.mark(run, True)
     try:
-        result = do(run, study.out, tasks, data)
+        result = work.do(run, study.out, tasks, data)
     except KeyboardInterrupt:
         study.mark(run, False)
         raise
@@ -96,10 +96,12 @@ def main(argv: Sequence[str]) -> int:
     if "--detached" not in argv:
         stop_with_parent()
     names = [a for a in argv if not a.startswith("--")]
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # classes of one's own, as for the command
     with messages_on_stderr():
         take_over_lightning()
         try:
-            work(Path(names[0]), names[1:] or None)
+            work_on(Path(names[0]), names[1:] or None)
         except KeyboardInterrupt:
             return 130
     return 0
@@ -107,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_slurm_task(out: str, name: str) -> dict[str, Any]:
     """What a task of a SLURM array runs."""
-    return {"done": work(Path(out), [name])}
+    return {"done": work_on(Path(out), [name])}
 
 
 if __name__ == "__main__":
