@@ -6,6 +6,7 @@ training loop.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import signal
@@ -39,6 +40,7 @@ from multikd.callbacks.preemption import SaveOnSignal, hpc_checkpoints
 from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
 from multikd.config_files import refuse_shell, resolve_configs
 from multikd.config_parser import ConfigParser, Unbuildable, construct
+from multikd.data.cache_record import read_meta
 from multikd.data.module import ShardDataModule
 from multikd.fit_faults import explained
 from multikd.fit_help import HelpFormatter, help_texts
@@ -46,6 +48,8 @@ from multikd.fit_summary import checkpoint_of
 from multikd.modules.distillation import DistillationModule
 from multikd.redaction import redact, redact_values
 from multikd.saving import VerifiedCheckpointIO, newest_whole
+from multikd.teachers import Teacher
+from multikd.teachers.kept import make_teacher
 
 log = logging.getLogger(__name__)
 
@@ -146,12 +150,33 @@ class MultikdCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a constructor's error arrives as it was raised."""
+        # Teachers whose features are all kept need not be loaded.
+        made = functools.partial(make_teacher, self._known())
+        made.__name__ = Teacher.__name__  # type: ignore[attr-defined]
+
+        def teacher(class_type: type[Teacher], *args: Any, **kwargs: Any) -> Any:
+            return construct(made if class_type is Teacher else class_type, *args, **kwargs)
+
         self.config_init = self.parser.instantiate(
-            self.config, instantiators=[(construct, object, True)]
+            self.config, instantiators=[(teacher, Teacher, False), (construct, object, True)]
         )
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """Identity → facts of the teachers in the feature cache that the config names."""
+        data = self._get(self.config, "data")
+        folder = getattr(getattr(data, "init_args", None), "cache", None)
+        if not isinstance(folder, str):
+            return {}
+        try:
+            records = read_meta(Path(folder), None)
+        except (OSError, ValueError):  # said where the cache is opened
+            return {}
+        return {
+            str(r.about["identity"]): r.about for r in records.values() if "identity" in r.about
+        }
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs and checkpoints in the run's folder unless told otherwise."""

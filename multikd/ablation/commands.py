@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from multikd.ablation.estimate import estimate
 from multikd.ablation.execute import Processes, Slurm, parse_slurm
 from multikd.ablation.leaderboard import build_leaderboard
+from multikd.ablation.overrides import get
 from multikd.ablation.plan import Planner, Run
 from multikd.ablation.present import terminal, write_all
 from multikd.ablation.stages import planned_runs, stages
@@ -175,11 +176,29 @@ def check_configs(planner: Planner) -> None:
         if combination.setting in seen or len(combination.subset) == 0:
             continue
         seen.add(combination.setting)
+        config = planner.config(Run("run", combination, planner.study.seeds[0]))
+        check_views(planner, config)
         try:
-            parse_config(planner.config(Run("run", combination, planner.study.seeds[0])))
+            parse_config(config)
         except ValueError as error:
             where = f" ({combination.setting})" if combination.setting else ""
             raise ValueError(f"the study {planner.study.path}{where}: {error}") from error
+
+
+def check_views(planner: Planner, config: dict[str, Any]) -> None:
+    """Refuse a shared cache without views that come back.
+
+    Raises:
+        ValueError: ``recorded`` is not set.
+    """
+    views = get(config, "data.train_views")
+    first = views[0] if isinstance(views, list) and views else views
+    recorded = get({"views": first}, "views.recorded")
+    if planner.study.cache is not None and recorded is None:
+        raise ValueError(
+            f"the study {planner.study.path} shares a feature cache, which needs views that come "
+            "back: add data.train_views.recorded: 2 to its settings, or cache: null"
+        )
 
 
 def split_seeds(text: str | None) -> tuple[int, ...] | None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from multikd.ablation.plan import Run
@@ -49,7 +48,11 @@ class Processes:
                         continue
                     if worker.returncode == 130:
                         raise KeyboardInterrupt
-                    self._blame(runs, worker.returncode)
+                    if not self._blame(runs, worker.returncode):
+                        raise ValueError(
+                            f"a worker process ended with code {worker.returncode} before it "
+                            f"began a run: see {self.study.out}/worker-*.log"
+                        )
                     workers.append(self._start(runs, len(workers)))
         finally:
             for worker in workers:
@@ -69,14 +72,17 @@ class Processes:
         with log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    def _blame(self, runs: Sequence[Run], code: int) -> None:
+    def _blame(self, runs: Sequence[Run], code: int) -> bool:
         """A worker died by itself (memory, a crash): of the run that it held, an attempt."""
+        found = False
         for run in runs:
             with self.study.claim(run) as free:
                 if free and self.study.was_running(run):
                     self.study.mark(run, False)
                     reason = f"the process that worked on it ended with code {code}"
                     self.study.note_failure(run, reason)
+                    found = True
+        return found
 
 
 class Slurm:
@@ -143,8 +149,3 @@ def parse_slurm(settings: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--slurm takes KEY=VALUE of submitit, received {setting!r}")
         found[key] = int(value) if value.isdigit() else value
     return found
-
-
-def worker_logs(out: Path) -> list[Path]:
-    """What workers wrote to their terminals."""
-    return sorted(out.glob("worker-*.log"))

@@ -164,11 +164,16 @@ def _is_share(task: Mapping[str, Any] | None) -> bool:
 
 def _pareto(board: Mapping[str, Any]) -> str:
     found = [
-        Point(r["label"], r["scores"][RETENTION]["mean"], 1000 * r["teacher_seconds_per_image"],
-              r["pareto"], STUDENT if r["pareto"] else OTHER)
+        Point(
+            name=r["label"],
+            cost=1000 * r["teacher_seconds_per_image"],
+            score=r["scores"][RETENTION]["mean"],
+            on_front=r["pareto"],
+            colour=STUDENT if r["pareto"] else OTHER,
+        )
         for r in board["rows"]
         if r["teacher_seconds_per_image"] and r["rank"] is not None
-    ]  # fmt: skip
+    ]
     if len(found) < 2 or len(found) > 24:
         return ""
     chart = charts.scatter(found, "teachers’ ms an image", "retention, %")

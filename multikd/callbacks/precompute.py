@@ -13,6 +13,7 @@ from multikd.data.cache import FeatureCacheWriter
 from multikd.data.module import ShardDataModule
 from multikd.distributed import barrier
 from multikd.modules.distillation import DistillationModule, to_float
+from multikd.teachers.kept import facts_of
 from multikd.types import TOKEN_TYPES, TokenFeatures, stack_token_features
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,13 @@ def open_writer(
                 examples[name] = stack_token_features(
                     [module.run_teacher(name, to_float(v.to(device))).to("cpu") for v in views]
                 )
-    about = {name: {"encoder": module.teacher(name).spec.name} for name in module.teacher_names}
+    sizes = {data.train_views[0].size, data.eval_views.size}
+    about = {
+        name: facts_of(
+            module.teacher(name), [(s, s) for s in sorted(sizes)], module.student.spec.patch_size
+        )
+        for name in module.teacher_names
+    }
     return data.open_cache_writer({n: (fingerprints[n], examples[n]) for n in examples}, about)
 
 

@@ -305,6 +305,7 @@ def test_slurm_through_submitit(place: Place, tmp_path: Path, scored: list[str])
         ({"budget": 3}, "unknown setting 'budget'"),
         ({"halving": {"budgets": [3, 1]}}, "ascending budgets"),
         ({"cache": {"dtype": "int4"}}, "dtype"),
+        ({"settings": {"data.train_views.recorded": None}}, "needs views that come back"),
     ],
 )
 def test_a_mistake_is_said_before_work_begins(
