@@ -72,21 +72,13 @@ def facts_of(teacher: Teacher, sizes: Sequence[Grid], student_patch: int | None)
     }
 
 
-def make_teacher(
-    known: Mapping[str, Mapping[str, Any]],
-    class_type: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def make_teacher(known: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> Teacher:
     """Build a teacher, or stand in for one that a cache knows.
 
     Args:
         known: identity → facts, of the cache that the run reads.
-        class_type: ``Teacher`` or a subclass.
-        args, kwargs: its settings.
+        kwargs: the teacher's settings.
     """
-    if class_type is not Teacher or args:
-        return class_type(*args, **kwargs)
     facts = known.get(identity(kwargs) or "")
     if facts is not None:
         try:

@@ -25,7 +25,7 @@ class Place:
 
     root: Path
 
-    def study(self, name: str = "study", **change: Any) -> str:
+    def study(self, name: str = "changed", **change: Any) -> str:
         content = yaml.safe_load((self.root / "study.yaml").read_text(encoding="utf-8"))
         path = self.root / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**content, **change}), encoding="utf-8")

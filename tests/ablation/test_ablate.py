@@ -206,7 +206,7 @@ def test_few_subsets_give_leave_one_out(place: Place, tmp_path: Path, scored: li
 
 
 def test_axes_and_halving(place: Place, tmp_path: Path, scored: list[str]) -> None:
-    axes = {"rate": {"bad": {"model.optimizer.lr": 1.0}, "good": {"model.lr_batch": 64}}}
+    axes = {"rate": {"bad": {"model.lr_batch": 32}, "good": {"model.lr_batch": 64}}}
     study = place.study(axes=axes, seeds=[0, 1], empty=False,
                         halving={"budgets": [1, 2], "keep": 0.34})  # fmt: skip
     planner = Planner(read_study(study), tmp_path)
