@@ -28,7 +28,7 @@ class Place:
     def study(self, name: str = "changed", **change: Any) -> str:
         content = yaml.safe_load((self.root / "study.yaml").read_text(encoding="utf-8"))
         path = self.root / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**content, **change}), encoding="utf-8")
+        path.write_text(yaml.safe_dump({**content, **change}, sort_keys=False), encoding="utf-8")
         return str(path)
 
 
@@ -86,7 +86,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     study = {"base": str(root / "base.yaml"), "tasks": str(root / "tasks.yaml"), "seeds": [0, 1],
              "cache": {"dtype": "float32"}, "diagnose": 2}  # fmt: skip
     for name, content in (("base", base), ("tasks", tasks), ("study", study)):
-        (root / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        (root / f"{name}.yaml").write_text(
+            yaml.safe_dump(content, sort_keys=False), encoding="utf-8"
+        )
     return Place(root)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from multikd.cache_command import planned_bytes
+from multikd.data import cache_record
 from multikd.data.cache import CacheSource, CacheStorage, FeatureCache, FeatureCacheWriter
 from multikd.data.cache_storage import TokenCodec, places_of
 from multikd.grids import resample_patches
@@ -139,7 +140,10 @@ def test_fewer_patches(tmp_path: Path) -> None:
     assert len({tuple(p) for p in places_of(np.arange(ROWS), 16, 5).tolist()}) > ROWS // 2
 
 
-def test_a_changed_chunk_is_named_and_computed_again(tmp_path: Path) -> None:
+def test_a_changed_chunk_is_named_and_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_record, "_CHUNK_BYTES", 1)  # as few rows as may be
     features = made()
     cache = filled(tmp_path, CacheStorage("float32"), features)
     size = cache.records["t"].chunk
