@@ -212,7 +212,8 @@ class Planner:
             )
         logger = {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(folder), "name": "logs", "version": ""},
+            # A version each time it goes on: Lightning empties a folder of logs that it finds.
+            "init_args": {"save_dir": str(folder), "name": "logs"},
         }
         trainer |= {
             "callbacks": callbacks,

@@ -64,7 +64,7 @@ def train_and_score(
         "scores": scores,
         "seconds_training": trained - begun,
         "seconds_scoring": time.perf_counter() - trained,
-        "diagnostics": diagnostics(folder / "logs" / "metrics.csv"),
+        "diagnostics": diagnostics(folder / "logs"),
     }
 
 
@@ -150,19 +150,17 @@ def save_untrained(cli: MultikdCLI, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def diagnostics(metrics: Path) -> dict[str, float]:
+def diagnostics(logs: Path) -> dict[str, float]:
     """Mean over the run of each teacher's share of the gradient and of the cosines."""
     import csv
 
     sums: dict[str, list[float]] = {}
-    try:
+    for metrics in sorted(logs.glob("version_*/metrics.csv")):
         with metrics.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 for key, value in row.items():
                     if value and key.startswith(("gradient/share/", "gradient/cosine/")):
                         sums.setdefault(key, []).append(float(value))
-    except OSError:
-        return {}
     return {key: sum(values) / len(values) for key, values in sums.items()}
 
 

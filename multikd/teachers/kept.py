@@ -85,7 +85,10 @@ def make_teacher(known: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> Teach
             return remember(KeptTeacher(facts, kwargs), kwargs)
         except (KeyError, TypeError, ValueError):
             pass  # a stranger's notes: the teacher itself is better
-    return remember(Teacher(**kwargs), kwargs)
+    # Weights are drawn before they are loaded: the student's must not depend on who teaches it, nor
+    # on whether the teachers are loaded at all.
+    with torch.random.fork_rng(devices=[]):
+        return remember(Teacher(**kwargs), kwargs)
 
 
 class KeptTeacher(Teacher):
