@@ -28,7 +28,10 @@ from multikd.ablation.study import read_study
 from multikd.ablation.subsets import subsets_of
 from multikd.ablation.worker import work_on
 from multikd.cli import main
+from multikd.fit import parse_config
 from multikd.modules.distillation import DistillationModule
+from multikd.retention.taskfile import read_task_file
+from multikd.shipped import shipped_studies
 
 
 def settings(out: Path, **change: Any) -> AblateSettings:
@@ -358,6 +361,22 @@ def test_the_command_says_one_sentence(
     assert "did you mean 'fashion_mnist'" in capsys.readouterr().err
     assert main(["ablate", place.study(), "--out", str(tmp_path / "o"), "--seeds", "a"]) == 2
     assert "--seeds takes numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_every_shipped_study_plans_and_parses(name: str, tmp_path: Path) -> None:
+    planner = Planner(read_study(name), tmp_path)
+    read_task_file(planner.study.tasks, planner.study.data)
+    combinations = planner.combinations()
+    assert planned_runs(planner) <= planner.study.limits.runs
+    for combination in (combinations[0], combinations[-1]):
+        parse_config(planner.config(Run("run", combination, 0)))
+    if name == "fashion_mnist":
+        assert len(combinations) == 7
+        assert planner.study.seeds == [0, 1, 2]
+        assert planner.study.empty
+    if name == "parts":
+        assert len(combinations) * len(planner.study.seeds) == 24
 
 
 # --- parts ------------------------------------------------------------------------------------
