@@ -41,6 +41,8 @@ def few(names: list[str]) -> list[list[str]]:
 def study(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """The shipped study with other sizes."""
     size = arguments.size
+    if arguments.vit is not None and size % 14:
+        raise SystemExit(f"--size {size}: the ViT's patches have 14 px; take 70 or 126")
     pool = {
         "lite0": teacher("packaged:efficientnet_lite0"),
         "lite2": teacher("packaged:efficientnet_lite2"),
@@ -49,8 +51,7 @@ def study(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         pool["vit"] = teacher(
             "timm:vit_small_patch14_dinov2",
             checkpoint=str(arguments.vit.resolve()),
-            image_size=14 * round(size * 70 / 64 / 14),
-            resize="own",
+            image_size=size,
             licence="MIT",
         )
     else:
@@ -125,7 +126,7 @@ def main() -> None:
     """Run both and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vit", type=Path, default=None)
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=70)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--views", type=int, default=2)
