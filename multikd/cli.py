@@ -96,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_shards(commands)
     _add_teachers(commands)
+    _add_cache(commands)
     _add_evaluate(commands)
+    _add_ablate(commands)
     _add_export(commands)
     _add_configs(commands)
     return parser
@@ -266,6 +268,55 @@ def _add_teachers(commands: Any) -> None:
     stats.add_argument("--overwrite", action="store_true", help="replace FILE")
     stats.set_defaults(passes_settings_on=True)
     _json_argument(stats)
+    compare = _command(
+        actions,
+        "compare",
+        _teachers_compare,
+        "say which teachers of a config complement one another, and which to take",
+        "Looks at images of data.val (else data.train); with labels it also says what the best\n"
+        "teacher misses and another knows. Everything else is passed on as to `multikd fit`.\n"
+        "\nexamples:\n"
+        "  multikd teachers compare --config laptop --data.train=shards/ --out compared/\n",
+    )
+    compare.add_argument("--images", type=int, default=2000, help="how many (default: 2000)")
+    compare.add_argument("--out", type=Path, default=None, metavar="DIR", help="page and figures")
+    compare.add_argument(
+        "--least",
+        type=float,
+        default=0.01,
+        help="what a teacher must add to be recommended (default: 0.01)",
+    )
+    compare.set_defaults(passes_settings_on=True)
+    _json_argument(compare)
+
+
+def _add_cache(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "cache",
+        _cache,
+        "run a config's teachers once over every recorded view and keep their features",
+        "Everything else is passed on as to `multikd fit`. Run again after an interruption: what\n"
+        "is there is kept, what does not fit its checksum is computed again.\n\nexamples:\n"
+        "  multikd cache --config demo --out features/ --dry-run\n"
+        "  multikd cache --config laptop --data.train=shards/ --data.train_views.recorded=4 \\\n"
+        "    --storage int8 --out features/\n"
+        "  multikd fit --config laptop --data.train=shards/ --data.train_views.recorded=4 \\\n"
+        "    --data.cache=features/\n",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the cache")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say size and time for each teacher, write nothing"
+    )
+    parser.add_argument(
+        "--storage",
+        choices=("float32", "float16", "bfloat16", "int8"),
+        default=None,
+        help="number format (the rest is --data.cache_storage.…: patch_dtype, pca, patch_pca, "
+        "patch_grid, patch_sample)",
+    )
+    parser.set_defaults(passes_settings_on=True)
+    _json_argument(parser)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -364,6 +415,51 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--reference", metavar="OLD", help="images such as the student learned on")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results in DIR")
+    _json_argument(parser)
+
+
+def _add_ablate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "ablate",
+        _ablate,
+        "find out which teachers (and settings) are worth it: train, score and rank combinations",
+        "examples:\n"
+        "  multikd ablate fashion_mnist --out study/ --dry-run\n"
+        "  multikd ablate fashion_mnist --out study/\n"
+        "  multikd ablate mine.yaml --out study/ --processes 4 --seeds 0,1,2,3,4\n"
+        "  multikd ablate mine.yaml --out study/ --slurm slurm_partition=gpu timeout_min=120\n"
+        "\n`multikd configs studies/fashion_mnist` prints a study to start from. Each run is an\n"
+        "ordinary `multikd fit` in a folder of its own. The same command goes on where it was\n"
+        "stopped; DIR/leaderboard.html is kept up to date meanwhile.\n",
+    )
+    parser.add_argument("study", metavar="STUDY", help="YAML file, or the name of a shipped study")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of every run (trainer.max_epochs=2); may be repeated",
+    )
+    parser.add_argument("--seeds", default=None, metavar="0,1,2", help="in place of the study's")
+    parser.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
+    parser.add_argument("--yes", action="store_true", help="run however many there are")
+    parser.add_argument("--processes", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--live", action="store_true", help="no feature cache: teachers run")
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one SLURM task a run, with these settings of submitit",
+    )
+    parser.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="submitit's: local and debug try --slurm on this machine",
+    )
     _json_argument(parser)
 
 
@@ -558,6 +654,22 @@ def _teachers_inspect(arguments: argparse.Namespace) -> int:
     return _finish(text, figures, arguments.json)
 
 
+def _cache(arguments: argparse.Namespace) -> int:
+    from multikd.cache_command import run_cache
+
+    if not arguments.settings:
+        raise ValueError(
+            "cache needs the run whose teachers are to be kept: --config NAME_OR_FILE "
+            "(and --data.train=SHARDS)"
+        )
+    take_over_lightning()
+    settings = list(arguments.settings)
+    if arguments.storage is not None:
+        settings.append(f"--data.cache_storage.dtype={arguments.storage}")
+    found = run_cache(settings, arguments.out, arguments.dry_run)
+    return 0 if found is None else _finish(*found, arguments.json)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from multikd.retention import commands
 
@@ -592,6 +704,40 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return 0
     failed = any(cell.get("error") for cell in found[1].get("cells", ()))
     return _finish(*found, arguments.json) or int(failed)
+
+
+def _teachers_compare(arguments: argparse.Namespace) -> int:
+    from multikd.ablation.compare import run_compare
+
+    if not arguments.settings:
+        raise ValueError(
+            "teachers compare needs the run whose teachers are compared: --config NAME_OR_FILE "
+            "(and --data.train=SHARDS)"
+        )
+    take_over_lightning()
+    text, figures = run_compare(
+        arguments.settings, arguments.images, arguments.out, arguments.least
+    )
+    return _finish(text, figures, arguments.json)
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from multikd.ablation.commands import AblateSettings, run_ablate, split_seeds
+
+    take_over_lightning()
+    settings = AblateSettings(
+        out=arguments.out,
+        changes=tuple(arguments.set),
+        seeds=split_seeds(arguments.seeds),
+        dry_run=arguments.dry_run,
+        yes=arguments.yes,
+        processes=arguments.processes,
+        slurm=tuple(arguments.slurm),
+        cluster=arguments.cluster,
+        live=arguments.live,
+    )
+    text, figures = run_ablate(arguments.study, settings)
+    return _finish(text, figures, arguments.json)
 
 
 def _teachers_stats(arguments: argparse.Namespace) -> int:
@@ -642,12 +788,19 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _configs(arguments: argparse.Namespace) -> int:
-    from multikd.shipped import find_config, shipped_configs, shipped_fragments, shipped_tasks
+    from multikd.shipped import (
+        find_config,
+        shipped_configs,
+        shipped_fragments,
+        shipped_studies,
+        shipped_tasks,
+    )
 
     fragments = shipped_fragments()
     if arguments.name is not None:
         stem = arguments.name.removesuffix(".yaml")
         others = fragments | {f"tasks/{name}": path for name, path in shipped_tasks().items()}
+        others |= {f"studies/{name}": path for name, path in shipped_studies().items()}
         path = others[stem] if stem in others else find_config(arguments.name)
         print(path.read_text(encoding="utf-8"), end="")
         return 0
@@ -656,6 +809,9 @@ def _configs(arguments: argparse.Namespace) -> int:
         print(f"  {name:<28} {_first_line(path)}")
     print("\ntask files, for `multikd evaluate --tasks NAME` (`multikd configs tasks/NAME`):")
     for name, path in shipped_tasks().items():
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\nstudies, for `multikd ablate NAME` (`multikd configs studies/NAME`):")
+    for name, path in shipped_studies().items():
         print(f"  {name:<28} {_first_line(path)}")
     print("\nfragments, for `--model.teachers.NAME=FRAGMENT` and `--model.student=FRAGMENT`:")
     for name, path in fragments.items():

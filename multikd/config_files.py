@@ -191,7 +191,9 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
             separate = True
         else:
             separate = False
-        if option in ("--config", "-c") and (value or equals):
+        if option == "--config" and equals and value.startswith("{"):
+            resolved.append(argument)  # a whole config of ours, not the name of one
+        elif option in ("--config", "-c") and (value or equals):
             resolved.append(f"--config={json.dumps(load_config(value), default=str)}")
         elif isinstance(content := _fragment(option, value), dict | list):
             resolved.append(f"{option}={json.dumps(content, default=str)}")

@@ -6,6 +6,7 @@ training loop.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import signal
@@ -34,10 +35,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 import multikd
 import multikd.callbacks  # so that a config can name them without their import path
 from multikd import preflight
+from multikd.callbacks.precompute import PrecomputeFeatures
 from multikd.callbacks.preemption import SaveOnSignal, hpc_checkpoints
 from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
 from multikd.config_files import modules_typed, refuse_shell, resolve_configs
 from multikd.config_parser import ConfigParser, Unbuildable, construct
+from multikd.data.cache_record import read_meta
 from multikd.data.module import ShardDataModule
 from multikd.fit_faults import explained
 from multikd.fit_help import HelpFormatter, help_texts
@@ -46,6 +49,8 @@ from multikd.imports import allowing, only_allowed
 from multikd.modules.distillation import DistillationModule
 from multikd.redaction import redact, redact_values
 from multikd.saving import VerifiedCheckpointIO, newest_whole
+from multikd.teachers import Teacher
+from multikd.teachers.kept import make_teacher
 
 log = logging.getLogger(__name__)
 
@@ -147,13 +152,34 @@ class MultikdCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a constructor's error arrives as it was raised."""
+        # Teachers whose features are all kept need not be loaded.
+        made = functools.partial(make_teacher, self._known())
+        made.__name__ = Teacher.__name__  # type: ignore[attr-defined]
+
+        def teacher(class_type: type[Teacher], *args: Any, **kwargs: Any) -> Any:
+            return construct(made if class_type is Teacher else class_type, *args, **kwargs)
+
         with only_allowed():
             self.config_init = self.parser.instantiate(
-                self.config, instantiators=[(construct, object, True)]
+                self.config, instantiators=[(teacher, Teacher, False), (construct, object, True)]
             )
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """Identity → facts of the teachers in the feature cache that the config names."""
+        data = self._get(self.config, "data")
+        folder = getattr(getattr(data, "init_args", None), "cache", None)
+        if not isinstance(folder, str):
+            return {}
+        try:
+            records = read_meta(Path(folder), None)
+        except (OSError, ValueError):  # said where the cache is opened
+            return {}
+        return {
+            str(r.about["identity"]): r.about for r in records.values() if "identity" in r.about
+        }
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs and checkpoints in the run's folder unless told otherwise."""
@@ -170,8 +196,15 @@ class MultikdCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, VerifiedCheckpointIO()]
         callbacks = settings.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        added: list[pl.Callback] = []
         if not any(isinstance(callback, SaveOnSignal) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, SaveOnSignal()]
+            added.append(SaveOnSignal())
+        cached = isinstance(self.datamodule, ShardDataModule) and self.datamodule.cache is not None
+        if cached and not any(isinstance(callback, PrecomputeFeatures) for callback in callbacks):
+            # What data.cache means: computed where it is missing, read where it is there.
+            added.append(PrecomputeFeatures())
+        if added:
+            kwargs["callbacks"] = [*callbacks, *added]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
@@ -359,10 +392,18 @@ def with_kept_config(args: Sequence[str]) -> list[str]:
     return [args[0], f"--config={json.dumps(kept, default=str)}", *args[1:]]
 
 
-def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
+def build_cli(
+    args: Sequence[str],
+    *,
+    run: bool,
+    kind: type[MultikdCLI] = MultikdCLI,
+    typed: bool = True,
+) -> MultikdCLI:
     """Parse ``args`` and build trainer, model and data; with ``run`` also do what they say.
 
-    With ``run`` the first argument is ``fit``, ``validate``, ``test`` or ``predict``.
+    With ``run`` the first argument is ``fit``, ``validate``, ``test`` or ``predict``. ``typed``:
+    whether the user typed the arguments, and so allows the code that they name; what was read from
+    a file allows none.
 
     Raises:
         ValueError: a mistake in config, arguments, checkpoint or data, in one sentence.
@@ -370,17 +411,17 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
     own = OwnArguments.taken_from(args) if run else OwnArguments(list(args))
     arguments = resolve_configs(own.rest)
     try:
-        with allowing(modules_typed(own.rest)):
-            return _cli(with_kept_config(arguments) if run else arguments, run, own)
+        with allowing(modules_typed(own.rest) if typed else ()):
+            return _cli(with_kept_config(arguments) if run else arguments, run, own, kind)
     except Unbuildable as stop:
         raise stop.reason from stop.reason.__cause__
     except MisconfigurationException as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _cli(arguments: list[str], run: bool, own: OwnArguments) -> MultikdCLI:
+def _cli(arguments: list[str], run: bool, own: OwnArguments, kind: type[MultikdCLI]) -> MultikdCLI:
     classes: dict[str, type] = {"model": DistillationModule, "data": ShardDataModule}
-    return MultikdCLI(
+    return kind(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
@@ -406,6 +447,24 @@ def _cli(arguments: list[str], run: bool, own: OwnArguments) -> MultikdCLI:
         resume_auto=own.resume_auto,
         allow_changes=own.allow_changes,
     )
+
+
+class _ParsedOnly(MultikdCLI):
+    """Parses and checks the types of a config; builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+
+def parse_config(config: dict[str, Any]) -> None:
+    """Check a whole config as far as that goes without building anything.
+
+    Raises:
+        ValueError: an unknown setting or class, or a value of the wrong type, in one sentence.
+    """
+    with without_known_noise():
+        arguments = [f"--config={json.dumps(config, default=str)}"]
+        build_cli(arguments, run=False, kind=_ParsedOnly, typed=False)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _PROBES: dict[str, type[FeatureProbe]] = {p.metric: p for p in (KNNProbe, Linear
 _HARMLESS = re.compile(
     r"data\.(num_workers|prefetch_factor|persistent_workers|worker_start|in_memory|in_memory_gb"
     r"|max_fault_rate|index_dir|shard_cache|shard_cache_gb|val|bank|eval_views|eval_batch_size"
-    r"|batch_size|cache|cache_dtype|train|allow_pipe|\w*(retries|timeout|checksum)\w*)(\.|$)"
+    r"|batch_size|cache|cache_dtype|cache_storage|train|allow_pipe|\w*(retries|timeout|checksum)\w*)(\.|$)"
     r"|model\.(validate_losses|compile_student)$|model\.student\.grad_checkpointing$"
     r"|trainer\.(accumulate_grad_batches|devices|num_nodes|max_epochs|max_steps)$"
 )

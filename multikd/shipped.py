@@ -10,6 +10,8 @@ from multikd.errors import unknown_name
 FRAGMENT_FOLDERS = ("teachers", "students")
 # What `multikd evaluate --tasks` takes.
 TASK_FOLDER = "tasks"
+# What `multikd ablate` takes.
+STUDY_FOLDER = "studies"
 
 
 def config_root() -> Path:
@@ -20,13 +22,19 @@ def config_root() -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """Name → path of every shipped training config (``classics/rkd`` for one in a folder)."""
-    others = (*FRAGMENT_FOLDERS, TASK_FOLDER)
+    others = (*FRAGMENT_FOLDERS, TASK_FOLDER, STUDY_FOLDER)
     return {n: p for n, p in _all_files().items() if n.split("/")[0] not in others}
 
 
 def shipped_tasks() -> dict[str, Path]:
     """Name → path of every shipped task file: ``demo`` for ``tasks/demo.yaml``."""
     found = {n: p for n, p in _all_files().items() if n.split("/")[0] == TASK_FOLDER}
+    return {n.partition("/")[2]: path for n, path in found.items()}
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name → path of every shipped study: ``fashion_mnist`` for ``studies/fashion_mnist.yaml``."""
+    found = {n: p for n, p in _all_files().items() if n.split("/")[0] == STUDY_FOLDER}
     return {n.partition("/")[2]: path for n, path in found.items()}
 
 
@@ -75,6 +83,22 @@ def find_tasks(name: str) -> Path:
     if stem in tasks:
         return tasks[stem]
     raise unknown_name("task file", name, tasks, "(or give the path of a YAML file)")
+
+
+def find_study(name: str) -> Path:
+    """The file that ``multikd ablate NAME`` means: an existing path, or else a shipped study.
+
+    Raises:
+        ValueError: neither a file nor a shipped name; the nearest names are offered.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    studies = shipped_studies()
+    stem = _stem(name).removeprefix(f"{STUDY_FOLDER}/")
+    if stem in studies:
+        return studies[stem]
+    raise unknown_name("study", name, studies, "(or give the path of a YAML file)")
 
 
 def find_fragment(name: str, beside: Path | None = None) -> Path | None:

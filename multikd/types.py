@@ -36,6 +36,9 @@ class TokenFeatures:
         grid: ``(h, w)`` with ``h * w == N``; None where there are no patches.
         logits: ``(B, K)`` where the encoder has a classifier.
         layers: intermediate features, where they were asked for.
+        places: int64 ``(B, n)``, which patches of ``places_grid`` the ``n`` of ``patches`` are,
+            where a cache kept only some; ``grid`` is None then.
+        places_grid: the whole grid.
     """
 
     summary: Tensor | None = None
@@ -43,6 +46,8 @@ class TokenFeatures:
     grid: Grid | None = None
     logits: Tensor | None = None
     layers: tuple[TokenFeatures, ...] = ()
+    places: Tensor | None = None
+    places_grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if self.patches is not None and self.grid is not None:
@@ -69,6 +74,8 @@ class TokenFeatures:
             grid=self.grid,
             logits=None if self.logits is None else function(self.logits),
             layers=tuple(layer.map(function) for layer in self.layers),
+            places=None if self.places is None else function(self.places),
+            places_grid=self.places_grid,
         )
 
     def detach(self) -> TokenFeatures:
@@ -82,7 +89,12 @@ class TokenFeatures:
         non_blocking: bool = False,
     ) -> TokenFeatures:
         """Move and/or cast every tensor."""
-        return self.map(lambda t: t.to(device=device, dtype=dtype, non_blocking=non_blocking))
+
+        def moved(tensor: Tensor) -> Tensor:
+            kind = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=kind, non_blocking=non_blocking)
+
+        return self.map(moved)
 
     def pin_memory(self) -> TokenFeatures:
         """Copy every tensor into page-locked memory."""

@@ -35,7 +35,13 @@ from multikd.modules.distillation import default_optimizer
 from multikd.normalizers import EMAStandardizers
 from multikd.optim import WarmupCosine
 from multikd.projectors import MLPProjectors
-from multikd.shipped import config_root, shipped_configs, shipped_fragments, shipped_tasks
+from multikd.shipped import (
+    config_root,
+    shipped_configs,
+    shipped_fragments,
+    shipped_studies,
+    shipped_tasks,
+)
 from multikd.students import StudentEncoder
 from multikd.teachers import Teacher, TimmEncoder
 
@@ -117,6 +123,7 @@ def test_every_file_is_shipped_and_says_what_it_is() -> None:
     files = {path.relative_to(config_root()).as_posix() for path in config_root().rglob("*.*")}
     known = {f"{name}.yaml" for name in {**shipped_configs(), **shipped_fragments()}}
     known |= {f"tasks/{name}.yaml" for name in shipped_tasks()}
+    known |= {f"studies/{name}.yaml" for name in shipped_studies()}
     assert files == known
     for name in known:
         first, second, *_ = (config_root() / name).read_text(encoding="utf-8").splitlines()

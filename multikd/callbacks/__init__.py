@@ -3,6 +3,7 @@
 from multikd.callbacks.data_faults import DataFaults
 from multikd.callbacks.feature_writer import FeatureWriter
 from multikd.callbacks.finite import FiniteLossGuard, NonFiniteLossError
+from multikd.callbacks.gradient_share import GradientShare
 from multikd.callbacks.knn_probe import KNNProbe
 from multikd.callbacks.linear_probe import LinearProbe
 from multikd.callbacks.precompute import PrecomputeFeatures
@@ -16,6 +17,7 @@ __all__ = [
     "DataFaults",
     "FeatureWriter",
     "FiniteLossGuard",
+    "GradientShare",
     "KNNProbe",
     "LinearProbe",
     "LossSpikes",

@@ -14,6 +14,8 @@ from multikd.data.loader import ShardLoader
 from multikd.data.module import ShardDataModule
 from multikd.distributed import all_or_none, barrier
 from multikd.modules.distillation import DistillationModule, to_float
+from multikd.teachers.kept import facts_of
+from multikd.types import TOKEN_TYPES, TokenFeatures, stack_token_features
 
 log = logging.getLogger(__name__)
 
@@ -50,73 +52,115 @@ class PrecomputeFeatures(pl.Callback):
             raise ValueError(
                 "PrecomputeFeatures needs a folder for the features: set data.init_args.cache"
             )
-        fingerprints = {name: _fingerprint(pl_module, name) for name in pl_module.teacher_names}
-        complete = data.cache_complete(fingerprints)
+        fingerprints = fingerprints_of(pl_module)
+        complete = data.cache_complete(fingerprints, verify=True)
         barrier()  # every rank has looked before any of them writes
         if complete:
             log.info("teachers' features: complete in %s, no teacher runs", data.cache)
         else:
-            self._fill(trainer, pl_module, data, fingerprints)
+            fill_cache(trainer, pl_module, data, fingerprints, self.progress)
+        barrier()
 
-    @torch.no_grad()
-    def _fill(
-        self,
-        trainer: pl.Trainer,
-        module: DistillationModule,
-        data: ShardDataModule,
-        fingerprints: dict[str, str],
-    ) -> None:
-        """Each rank its share; what stops one (a full disk, a sample without a stand-in) stops all,
-        which would otherwise wait for it."""
-        with all_or_none():
-            writer = self._open(trainer, module, data, fingerprints)
-        with all_or_none():
-            loader = data.precompute_dataloader(trainer.global_rank, trainer.world_size)
-        with all_or_none():
-            if loader is not None:
-                self._compute(trainer, module, loader, writer)
 
-    def _open(
-        self,
-        trainer: pl.Trainer,
-        module: DistillationModule,
-        data: ShardDataModule,
-        fingerprints: dict[str, str],
-    ) -> FeatureCacheWriter:
-        device = trainer.strategy.root_device
-        module.teachers.to(device)  # the rest follows when Lightning places the module
-        size = data.train_views[0].size
-        blank = torch.zeros(1, 3, size, size, device=device)  # for the shapes alone
-        return data.open_cache_writer(
-            {n: (fingerprints[n], module.run_teacher(n, blank)) for n in module.teacher_names}
+def fingerprints_of(module: DistillationModule) -> dict[str, str]:
+    """Name → what the features of each teacher depend on."""
+    return {name: _fingerprint(module, name) for name in module.teacher_names}
+
+
+@torch.no_grad()
+def fill_cache(
+    trainer: pl.Trainer,
+    module: DistillationModule,
+    data: ShardDataModule,
+    fingerprints: dict[str, str],
+    progress: bool = True,
+) -> int:
+    """Compute the rows that the data module's cache lacks; the ranks share them.
+
+    Returns:
+        How many views this rank computed.
+    """
+    device = trainer.strategy.root_device
+    module.teachers.to(device)  # the rest follows when Lightning places the module
+    writer = None
+    # What stops one rank (a full disk, a sample without a stand-in) stops all, which would
+    # otherwise wait for it.
+    for first in (True, False):  # what is measured for int8 and PCA, rank 0 measures
+        with all_or_none():
+            if (trainer.global_rank == 0) is first:
+                writer = open_writer(module, data, fingerprints, device)
+                if first:
+                    writer.mend()
+    with all_or_none():
+        loader = data.precompute_dataloader(trainer.global_rank, trainer.world_size)
+    shown = progress and trainer.global_rank == 0
+    with all_or_none():
+        return (
+            0
+            if loader is None or writer is None
+            else _compute(module, loader, writer, device, shown)
         )
 
-    def _compute(
-        self,
-        trainer: pl.Trainer,
-        module: DistillationModule,
-        loader: ShardLoader,
-        writer: FeatureCacheWriter,
-    ) -> None:
-        device = trainer.strategy.root_device
-        columns = (
-            TextColumn("   teachers' features"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} batches"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+
+def _compute(
+    module: DistillationModule,
+    loader: ShardLoader,
+    writer: FeatureCacheWriter,
+    device: torch.device,
+    shown: bool,
+) -> int:
+    columns = (
+        TextColumn("   teachers' features"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} batches"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    done = 0
+    with Progress(*columns, disable=not shown, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(loader))
+        try:
+            for batch in loader:
+                images = to_float(batch.views[0].to(device))
+                for name in module.teacher_names:
+                    writer.put(batch, name, module.run_teacher(name, images))
+                done += int((batch.positions >= 0).sum())
+                bar.advance(task)
+        finally:
+            writer.finish()  # interrupted, too: what was computed is kept
+    return done
+
+
+def open_writer(
+    module: DistillationModule,
+    data: ShardDataModule,
+    fingerprints: dict[str, str],
+    device: torch.device,
+) -> FeatureCacheWriter:
+    """The writer, with features of real views where scales or bases are measured on them."""
+    size = data.train_views[0].size
+    blank = torch.zeros(1, 3, size, size, device=device)  # for the shapes alone
+    kept = data.cached_teachers()
+    examples: dict[str, TokenFeatures] = {}
+    measured = any(data.cache_storage.measured(token) for token in TOKEN_TYPES)
+    for name in module.teacher_names:
+        if name in kept or not measured:
+            examples[name] = module.run_teacher(name, blank)
+    if len(examples) < len(module.teacher_names):
+        views = [b.views[0] for b in data.example_dataloader(data.cache_storage.examples())]
+        for name in module.teacher_names:
+            if name not in examples:
+                examples[name] = stack_token_features(
+                    [module.run_teacher(name, to_float(v.to(device))).to("cpu") for v in views]
+                )
+    sizes = {data.train_views[0].size, data.eval_views.size}
+    about = {
+        name: facts_of(
+            module.teacher(name), [(s, s) for s in sorted(sizes)], module.student.spec.patch_size
         )
-        shown = self.progress and trainer.global_rank == 0
-        with Progress(*columns, disable=not shown, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=len(loader))
-            try:
-                for batch in loader:
-                    images = to_float(batch.views[0].to(device))
-                    for name in module.teacher_names:
-                        writer.put(batch, name, module.run_teacher(name, images))
-                    bar.advance(task)
-            finally:
-                writer.finish()  # interrupted, too: what was computed is kept
+        for name in module.teacher_names
+    }
+    return data.open_cache_writer({n: (fingerprints[n], examples[n]) for n in examples}, about)
 
 
 def _fingerprint(module: DistillationModule, name: str) -> str:

@@ -1,120 +1,67 @@
 """Teachers' features of recorded views, computed once and kept in memory-mapped files.
 
-A cache is a folder: ``meta.json`` says what the features were computed from, and for every teacher
-there are ``<teacher>.summary.bin`` / ``<teacher>.patches.bin`` of shape ``(rows, …)`` and
-``<teacher>.done`` with one byte a row. A row is a recorded view of a sample: ``sample · V +
-number``, samples counted through all data sets. Rows are independent, so several processes may
-write different ones of the same files, and a killed computation continues where ``done`` ends.
+A row is a recorded view of a sample: ``sample · V + number``, samples counted through all data
+sets. Rows are independent, so several processes may write different ones of the same files, and a
+killed computation continues where ``done`` ends. Chunks of rows have a checksum, taken as soon as
+all of their rows are there and compared when one of them is first read. (``cache_record`` says
+which files there are, ``cache_storage`` how numbers are kept.)
 """
 
 from __future__ import annotations
 
-import json
+import errno
+import hashlib
+import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from safetensors.torch import load, save
 
+from multikd.data.cache_record import (
+    DIGEST,
+    CacheSource,
+    TeacherRecord,
+    cache_file,
+    codec_file,
+    damaged,
+    read_meta,
+    refused,
+    write_meta,
+)
+from multikd.data.cache_storage import (
+    CacheDtype,
+    CacheStorage,
+    Ints,
+    TokenCodec,
+    measure_codecs,
+    places_of,
+    reduce_patches,
+)
 from multikd.files import write_atomically
-from multikd.types import Batch, Grid, TokenFeatures
-from multikd.untrusted import inside, read_json
+from multikd.types import Batch, TokenFeatures, TokenType
+from multikd.untrusted import read_bytes
 
-CacheDtype = Literal["float16", "bfloat16", "float32"]
-Ints = npt.NDArray[np.int64]
+__all__ = [
+    "CacheDtype",
+    "CacheSource",
+    "CacheStorage",
+    "FeatureCache",
+    "FeatureCacheWriter",
+    "TeacherRecord",
+]
 
-# NumPy has no bfloat16: its bits are stored as 16-bit integers.
-_STORED: dict[str, tuple[np.dtype[Any], torch.dtype]] = {
-    "float16": (np.dtype(np.float16), torch.float16),
-    "bfloat16": (np.dtype(np.int16), torch.bfloat16),
-    "float32": (np.dtype(np.float32), torch.float32),
-}
+log = logging.getLogger(__name__)
+
 _FLUSH_EVERY = 64  # calls of put between two records of what is done
-
-
-@dataclass(frozen=True)
-class CacheSource:
-    """What cached features depend on besides the teachers; two caches mix only when equal.
-
-    Attributes:
-        data: hash of the data sets' indexes.
-        samples: number of samples of each data set.
-        views: recorded views of each sample (V).
-        policy: the view policy's settings (``ViewPolicy.describe()``).
-        seed: seed of the recorded views.
-    """
-
-    data: str
-    samples: tuple[int, ...]
-    views: int
-    policy: dict[str, object]
-    seed: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of every file."""
-        return sum(self.samples) * self.views
-
-    def rows_of(self, dataset: Ints, sample: Ints, number: Ints) -> Ints:
-        """Rows of recorded views: data set, sample of the data set, number of the view."""
-        starts = np.cumsum([0, *self.samples[:-1]])
-        rows: Ints = (starts[dataset] + sample) * self.views + number
-        return rows
-
-    def places_of(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
-        """Data set, sample of the data set and number of the view at ``rows``."""
-        edges = np.cumsum([0, *self.samples])
-        through, number = rows // self.views, rows % self.views
-        dataset = np.searchsorted(edges, through, side="right") - 1
-        return dataset, through - edges[dataset], number
-
-
-@dataclass(frozen=True)
-class TeacherRecord:
-    """What is kept of one teacher: its fingerprint, dtype and the shapes of a row."""
-
-    fingerprint: str
-    dtype: CacheDtype
-    summary: tuple[int, ...] | None
-    patches: tuple[int, ...] | None
-    grid: Grid | None
-
-    @staticmethod
-    def of(fingerprint: str, example: TokenFeatures, dtype: CacheDtype) -> TeacherRecord:
-        """The record for features like ``example`` (whatever its batch size)."""
-
-        def shape(tensor: Tensor | None) -> tuple[int, ...] | None:
-            return None if tensor is None else tuple(tensor.shape[1:])
-
-        return TeacherRecord(
-            fingerprint, dtype, shape(example.summary), shape(example.patches), example.grid
-        )
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> TeacherRecord:
-        """Back from ``meta.json``, where tuples are lists."""
-
-        def shape(name: str, rank: int) -> Any:
-            value = values[name]
-            if value is None:
-                return None
-            if len(value) != rank or not all(type(n) is int and 0 < n < 1 << 31 for n in value):
-                raise ValueError(f"its {name} has the shape {value!r}")
-            return tuple(value)
-
-        fingerprint, dtype = values["fingerprint"], values["dtype"]
-        if not isinstance(fingerprint, str) or dtype not in _STORED:
-            raise ValueError(f"a teacher's dtype is {dtype!r}")
-        return TeacherRecord(
-            fingerprint, dtype, shape("summary", 1), shape("patches", 2), shape("grid", 2)
-        )
+_MOST_CODEC = 1 << 30
 
 
 class FeatureCache:
@@ -128,11 +75,14 @@ class FeatureCache:
     def __init__(self, folder: str | Path, source: CacheSource) -> None:
         self.folder = Path(folder)
         self.source = source
-        self.records = _read_meta(self.folder, source)
+        self.records = read_meta(self.folder, source)
         self._maps: dict[tuple[str, str], npt.NDArray[Any]] = {}
+        self._codecs: dict[str, dict[TokenType, TokenCodec]] = {}
+        self._verified: dict[str, npt.NDArray[np.bool_]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a worker maps the files itself
+        # A worker maps the files itself.
+        return {**self.__dict__, "_maps": {}, "_codecs": {}, "_verified": {}}
 
     def check(self, fingerprints: Mapping[str, str]) -> None:
         """Refuse teachers that are missing or are not those whose features are kept."""
@@ -143,7 +93,7 @@ class FeatureCache:
                     f"(it has {sorted(self.records)}): compute them first"
                 )
             if self.records[name].fingerprint != fingerprint:
-                raise _refused(
+                raise refused(
                     self.folder,
                     f"the fingerprint of teacher {name!r}",
                     self.records[name].fingerprint,
@@ -157,13 +107,35 @@ class FeatureCache:
             lacking |= np.asarray(self._map(name, "done")) == 0
         return np.flatnonzero(lacking).astype(np.int64)
 
+    def damaged_chunks(self, names: Sequence[str]) -> dict[str, list[int]]:
+        """Chunks of each teacher whose checksum does not fit; reads everything."""
+        found = {}
+        for name in names:
+            sums = self._map(name, "sums")
+            wrong = [
+                int(chunk)
+                for chunk in np.flatnonzero(sums[:, 0])
+                if self._digest(name, int(chunk)) != bytes(sums[chunk, 1:])
+            ]
+            if wrong:
+                found[name] = wrong
+        return found
+
+    def rows_in(self, name: str, chunk: int) -> tuple[int, int]:
+        """First row of a chunk and the one after its last."""
+        size = self.records[name].chunk
+        return chunk * size, min((chunk + 1) * size, self.source.rows)
+
     def get(
         self, rows: Sequence[int] | Ints, names: Sequence[str] | None = None
     ) -> dict[str, TokenFeatures]:
-        """Features at ``rows`` ``(B,)`` of each teacher, in the dtype they are kept in.
+        """Features at ``rows`` ``(B,)`` of each teacher.
+
+        In the format they are kept in, or float32 where they were int8 or PCA components. Where
+        only some patches were kept, ``places`` says which of ``places_grid`` they are.
 
         Raises:
-            ValueError: a row that was never computed.
+            ValueError: a row that was never computed, or a chunk whose checksum does not fit.
         """
         rows = np.asarray(rows, dtype=np.int64)
         features = {}
@@ -174,45 +146,79 @@ class FeatureCache:
                     f"the cache {self.folder} lacks {undone.size} of the rows asked for of "
                     f"teacher {name!r} (first: {undone[0]}): its computation was not finished"
                 )
-            record = self.records[name]
+            self._verify(name, rows)
+            record, codecs = self.records[name], self._codecs_of(name)
+            read = {t: codecs[t].decode(self._map(name, t)[rows]) for t in record.tokens}
+            grid, sampled = record.kept_grid, record.sampled
             features[name] = TokenFeatures(
-                summary=self._read(name, "summary", record, rows),
-                patches=self._read(name, "patches", record, rows),
-                grid=record.grid,
+                summary=read.get("summary"),
+                patches=read.get("patches"),
+                grid=None if sampled else grid,
+                places=None
+                if not sampled or grid is None
+                else torch.from_numpy(places_of(rows, grid[0] * grid[1], sampled)),
+                places_grid=grid if sampled else None,
             )
         return features
 
-    def _read(self, name: str, token: str, record: TeacherRecord, rows: Ints) -> Tensor | None:
-        if getattr(record, token) is None:
-            return None
-        tensor = torch.from_numpy(self._map(name, token)[rows])
-        return tensor.view(torch.bfloat16) if record.dtype == "bfloat16" else tensor
+    def _verify(self, name: str, rows: Ints) -> None:
+        """Compare checksums of the chunks that these rows lie in, once in each process."""
+        sums = self._map(name, "sums")
+        known = self._verified.setdefault(name, np.zeros(len(sums), dtype=bool))
+        for chunk in np.unique(rows // self.records[name].chunk).tolist():
+            if known[chunk] or not sums[chunk, 0]:
+                continue
+            if self._digest(name, chunk) != bytes(sums[chunk, 1:]):
+                first, end = self.rows_in(name, chunk)
+                raise ValueError(
+                    f"rows {first} to {end - 1} of teacher {name!r} in the feature cache "
+                    f"{self.folder} do not fit their checksum (chunk {chunk}): they were changed "
+                    "or cut off on disk; `multikd cache` computes them again"
+                )
+            known[chunk] = True
+
+    def _digest(self, name: str, chunk: int) -> bytes:
+        first, end = self.rows_in(name, chunk)
+        digest = hashlib.sha256()
+        for token in self.records[name].tokens:
+            digest.update(np.ascontiguousarray(self._map(name, token)[first:end]).data)
+        return digest.digest()
+
+    def _codecs_of(self, name: str) -> dict[TokenType, TokenCodec]:
+        if name not in self._codecs:
+            self._codecs[name] = _read_codecs(self.folder, name, self.records[name])
+        return self._codecs[name]
 
     def _map(self, name: str, what: str, mode: Literal["r", "r+"] = "r") -> npt.NDArray[Any]:
         if (name, what) not in self._maps:
-            path, dtype, shape = _file(self.folder, self.source, name, self.records[name], what)
+            path, dtype, shape = cache_file(
+                self.folder, self.source, name, self.records[name], what
+            )
             expected = math.prod(shape) * dtype.itemsize
             try:
                 size = path.stat().st_size
                 if size != expected:
-                    raise _damaged(path, f"it has {size} bytes and should have {expected}")
+                    raise damaged(path, f"it has {size} bytes and should have {expected}")
                 self._maps[name, what] = np.memmap(path, dtype, mode, shape=shape)
             except OSError as error:
-                raise _damaged(path, error.strerror or str(error)) from error
+                raise damaged(path, error.strerror or str(error)) from error
         return self._maps[name, what]
 
 
 class FeatureCacheWriter(FeatureCache):
     """Creates a cache folder, or continues one, and fills rows of it.
 
-    Teachers that the folder already has must agree with ``teachers``; new ones are added. Making
-    it is idempotent, so every rank may do it at once.
+    Teachers that the folder already has must agree with ``teachers``; new ones are added. Files
+    that were cut off are made whole, and what they lost is missing again. Making it is idempotent;
+    with several ranks let one make it first where scales or bases are measured.
 
     Args:
         folder: the cache.
         source: what the features are computed from.
-        teachers: name → (fingerprint, example features of any batch size).
-        dtype: how features are kept.
+        teachers: name → (fingerprint, example features of any batch size; of several images where
+            a scale or basis is measured).
+        storage: how features are kept; a number format alone, too.
+        about: name → what is known of the teacher without loading it.
 
     Raises:
         ValueError: the folder holds features of something else (names what differs), or the disk
@@ -224,36 +230,37 @@ class FeatureCacheWriter(FeatureCache):
         folder: str | Path,
         source: CacheSource,
         teachers: Mapping[str, tuple[str, TokenFeatures]],
-        dtype: CacheDtype = "float16",
+        storage: CacheStorage | CacheDtype = "float16",
+        about: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         folder = Path(folder)
-        asked = {name: TeacherRecord.of(*spec, dtype) for name, spec in teachers.items()}
+        kind = storage if isinstance(storage, CacheStorage) else CacheStorage(storage)
+        asked = {
+            name: TeacherRecord.of(*spec, kind, (about or {}).get(name))
+            for name, spec in teachers.items()
+        }
         try:
-            kept = _read_meta(folder, source)
+            kept = read_meta(folder, source)
         except FileNotFoundError:
             kept = {}
         for name in sorted(asked.keys() & kept.keys()):
-            for field, expected in asdict(asked[name]).items():
-                if (had := getattr(kept[name], field)) != expected:
-                    raise _refused(folder, f"the {field} of teacher {name!r}", had, expected)
+            difference = kept[name].differs(asked[name])
+            if difference is not None:
+                field, had, expected = difference
+                raise refused(folder, f"the {field} of teacher {name!r}", had, expected)
+            asked[name] = replace(kept[name], about=kept[name].about or asked[name].about)
         folder.mkdir(parents=True, exist_ok=True)
-        sizes: dict[Path, int] = {}
-        for name, record in asked.items():
-            for what in ("summary", "patches", "done"):
-                if what == "done" or getattr(record, what) is not None:
-                    path, stored, shape = _file(folder, source, name, record, what)
-                    sizes[path] = math.prod(shape) * stored.itemsize
-        _refuse_full_disk(folder, sizes)
-        for path, size in sizes.items():
-            with path.open("ab") as file:  # never empties what another rank has begun
-                file.truncate(size)
+        for name in asked.keys() - kept.keys():
+            asked[name] = _measure(folder, name, asked[name], teachers[name][1])
+        _lay_out(folder, source, asked)
         records = {**kept, **asked}
-        if records != kept:
-            _write_meta(folder, source, records)
+        if records != kept or any(records[n].about != kept[n].about for n in kept):
+            write_meta(folder, source, records)
         super().__init__(folder, source)
         self.names = tuple(asked)
         self._pending: dict[str, list[Ints]] = {name: [] for name in asked}
         self._puts = 0
+        self._seal()
 
     def put(self, batch: Batch, name: str, features: TokenFeatures) -> None:
         """Keep a teacher's features of ``batch.views[0]``; filler places are left out.
@@ -276,21 +283,40 @@ class FeatureCacheWriter(FeatureCache):
                     f"{token} of teacher {name!r} must be {shape} an image as in the example, "
                     f"received {received}"
                 )
-            if tensor is None:
+        for token in record.tokens:
+            if token == "summary":
+                kept = features.summary
+            else:
+                chosen = features.map(lambda tensor: tensor[real.to(tensor.device)])
+                kept = reduce_patches(chosen, record.storage, rows)
+            if kept is None:
                 continue
-            values = tensor.detach().cpu()[real].to(_STORED[record.dtype][1]).contiguous()
-            if not bool(torch.isfinite(values).all()):
-                raise ValueError(
-                    f"{token} of teacher {name!r} has values that are not finite in "
-                    f"{record.dtype}: keep them as bfloat16 or float32, or look at the teacher"
+            try:
+                values = self._codecs_of(name)[token].encode(
+                    kept[real.to(kept.device)] if token == "summary" else kept
                 )
-            if record.dtype == "bfloat16":
-                values = values.view(torch.int16)
+            except ValueError as error:
+                raise ValueError(
+                    f"{token} of teacher {name!r} has {error}: keep them as bfloat16 or float32, "
+                    "or look at the teacher"
+                ) from error
             self._map(name, token, "r+")[rows] = values.numpy()
         self._pending[name].append(rows)
         self._puts += 1
         if self._puts % _FLUSH_EVERY == 0:
             self.flush()
+
+    def mend(self, names: Sequence[str] | None = None) -> dict[str, list[int]]:
+        """Forget the rows of chunks whose checksum does not fit; returns those chunks."""
+        wrong = self.damaged_chunks(self.names if names is None else names)
+        for name, chunks in wrong.items():
+            for chunk in chunks:
+                first, end = self.rows_in(name, chunk)
+                self._map(name, "sums")[chunk, 0] = 0
+                self._map(name, "done")[first:end] = 0
+            for what in ("sums", "done"):
+                self._map(name, what).flush()  # type: ignore[attr-defined]
+        return wrong
 
     def flush(self) -> None:
         """Write features to disk, and only then record their rows as done."""
@@ -304,56 +330,120 @@ class FeatureCacheWriter(FeatureCache):
             done[np.concatenate(pending)] = 1
             done.flush()  # type: ignore[attr-defined]
             pending.clear()
+        self._seal()
 
     def finish(self) -> None:
         """Record everything that was put, and close the files."""
         self.flush()
         self._maps.clear()
 
+    def _seal(self) -> None:
+        """Take the checksums of chunks that became complete."""
+        for name in self.names:
+            sums, done = self._map(name, "sums"), self._map(name, "done")
+            size = self.records[name].chunk
+            padded = np.ones(len(sums) * size, dtype=bool)
+            padded[: len(done)] = np.asarray(done) != 0
+            whole = padded.reshape(len(sums), size).all(axis=1)
+            fresh = np.flatnonzero(whole & (np.asarray(sums[:, 0]) == 0))
+            for chunk in fresh.tolist():
+                sums[chunk, 1:] = np.frombuffer(self._digest(name, chunk), np.uint8)
+                sums[chunk, 0] = 1
+            if len(fresh):
+                sums.flush()  # type: ignore[attr-defined]
+
     def _map(self, name: str, what: str, mode: Literal["r", "r+"] = "r+") -> npt.NDArray[Any]:
         return super()._map(name, what, "r+")
 
 
-def _file(
-    folder: Path, source: CacheSource, name: str, record: TeacherRecord, what: str
-) -> tuple[Path, np.dtype[Any], tuple[int, ...]]:
-    stem = quote(name, safe="")
-    # A link in a stranger's folder would have us write to what it points at.
-    if what == "done":
-        return inside(folder, f"{stem}.done"), np.dtype(np.uint8), (source.rows,)
-    shape: tuple[int, ...] = (source.rows, *getattr(record, what))
-    return inside(folder, f"{stem}.{what}.bin"), _STORED[record.dtype][0], shape
-
-
-def _read_meta(folder: Path, source: CacheSource) -> dict[str, TeacherRecord]:
-    path = folder / "meta.json"
-    meta = read_json(path)
-    expected = json.loads(json.dumps(asdict(source)))
-    if not isinstance(meta, dict) or not isinstance(meta.get("source"), dict):
-        raise _damaged(path, "it does not say what it was made from")
-    for field, value in expected.items():
-        if (had := meta["source"].get(field)) != value:
-            raise _refused(folder, f"'{field}'", had, value)
+def _measure(
+    folder: Path, name: str, record: TeacherRecord, examples: TokenFeatures
+) -> TeacherRecord:
+    """Measure and write a new teacher's scales and bases, where it has any."""
+    needed = {token: record.storage.measured(token) for token in record.tokens}
+    if not any(needed.values()):
+        return record
     try:
-        return {str(n): TeacherRecord.from_json(v) for n, v in meta["teachers"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, " ".join(str(error).split())[:160]) from error
+        codecs = measure_codecs(examples, record.storage, needed)
+    except ValueError as error:
+        raise ValueError(f"teacher {name!r}: {error}") from error
+    parts = {k: v for t, codec in codecs.items() for k, v in codec.tensors(t).items()}
+    data = save({key: value.contiguous() for key, value in parts.items()})
+    write_atomically(codec_file(folder, name), data)
+    return replace(record, codec=hashlib.sha256(data).hexdigest())
 
 
-def _damaged(path: Path, detail: str) -> ValueError:
-    return ValueError(
-        f"{path} of a feature cache is damaged ({detail}): remove the folder or name another one"
-    )
+def _read_codecs(folder: Path, name: str, record: TeacherRecord) -> dict[TokenType, TokenCodec]:
+    if not record.codec:
+        return {token: TokenCodec(record.storage.dtype_of(token)) for token in record.tokens}
+    path = codec_file(folder, name)
+    try:
+        data = read_bytes(path, _MOST_CODEC)
+        if hashlib.sha256(data).hexdigest() != record.codec:
+            raise damaged(path, "it does not fit its checksum; remove the folder")
+        tensors = load(data)
+        return {
+            token: TokenCodec.of_tensors(record.storage.dtype_of(token), tensors, token)
+            for token in record.tokens
+        }
+    except FileNotFoundError as error:
+        raise damaged(path, "it is not there; remove the folder") from error
 
 
-def _write_meta(folder: Path, source: CacheSource, records: Mapping[str, TeacherRecord]) -> None:
-    teachers = {name: asdict(record) for name, record in records.items()}
-    text = json.dumps({"source": asdict(source), "teachers": teachers}, indent=1)
-    write_atomically(folder / "meta.json", text.encode())
+def _lay_out(folder: Path, source: CacheSource, records: Mapping[str, TeacherRecord]) -> None:
+    """Files of their full size, with room on the disk; what was cut off is missing again."""
+    sizes: dict[Path, int] = {}
+    for name, record in records.items():
+        lost = source.rows
+        for what in (*record.tokens, "done", "sums"):
+            path, stored, shape = cache_file(folder, source, name, record, what)
+            sizes[path] = math.prod(shape) * stored.itemsize
+            row = sizes[path] // max(source.rows, 1)
+            if what in record.tokens:
+                had = path.stat().st_size if path.exists() else 0
+                lost = min(lost, had // row)
+        done = cache_file(folder, source, name, record, "done")[0]
+        if lost < source.rows and done.exists() and any(done.read_bytes()[lost:]):
+            _forget(folder, source, name, record, lost)
+    _refuse_full_disk(folder, sizes)
+    for path, size in sizes.items():
+        with path.open("ab") as file:  # never empties what another rank has begun
+            file.truncate(size)
+            _reserve(file.fileno(), size, folder)
+
+
+def _forget(folder: Path, source: CacheSource, name: str, record: TeacherRecord, lost: int) -> None:
+    """Rows from ``lost`` on are missing, and their chunks have no checksum."""
+    log.warning(
+        "the features of teacher %r in %s were cut off at row %d of %d: the rest is computed again",
+        name, folder, lost, source.rows,
+    )  # fmt: skip
+    for what, first, width in (("done", lost, 1), ("sums", lost // record.chunk, 1 + DIGEST)):
+        path = cache_file(folder, source, name, record, what)[0]
+        if path.exists():
+            with path.open("r+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.truncate(min(size, first * width))  # filled up with zeros afterwards
+
+
+def _reserve(descriptor: int, size: int, folder: Path) -> None:
+    """Take the room now: written through a map, a disk that is full kills with a bus error."""
+    reserve = getattr(os, "posix_fallocate", None)
+    if reserve is None or not size:
+        return
+    try:
+        reserve(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ValueError(
+                f"the feature cache {folder} needs {size / 1e9:.2g} GB for one of its files, which "
+                f"can't be had ({error.strerror}): free some room, keep less (--storage int8), or "
+                "name another folder; what was computed stays"
+            ) from error
+        # Not every file system can reserve.
 
 
 def _refuse_full_disk(folder: Path, sizes: Mapping[Path, int]) -> None:
-    """The files are sparse: a disk that fills up later kills the process with a bus error."""
     needed = sum(sizes.values())
     for path in sizes:
         if path.exists():
@@ -366,10 +456,3 @@ def _refuse_full_disk(folder: Path, sizes: Mapping[Path, int]) -> None:
             f"{free / 1e9:.1f} GB: use fewer recorded views, teachers without patches, or another "
             "folder"
         )
-
-
-def _refused(folder: Path, what: str, had: object, expected: object) -> ValueError:
-    return ValueError(
-        f"the feature cache {folder} was made for something else: {what} is {str(had)[:200]} there "
-        f"and {str(expected)[:200]} here; remove the folder or name another one"
-    )

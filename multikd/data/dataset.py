@@ -205,6 +205,7 @@ class ShardDataset(Dataset[Batch]):
         policies: one or several views of each image; only the first may be recorded.
         seed: of the views.
         cache: features of the first view to add to each batch, and of which teachers.
+        recorded_seed: of recorded views; None: ``seed``.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class ShardDataset(Dataset[Batch]):
         policies: Sequence[ViewPolicy],
         seed: int = 0,
         cache: tuple[FeatureCache, tuple[str, ...]] | None = None,
+        recorded_seed: int | None = None,
     ) -> None:
         if not policies:
             raise ValueError("a data set needs at least one view policy, received none")
@@ -221,6 +223,7 @@ class ShardDataset(Dataset[Batch]):
         self.order = order
         self.policies = tuple(policies)
         self.seed = seed
+        self.recorded_seed = seed if recorded_seed is None else recorded_seed
         self.cache = cache
         self.grey_for_lost = False  # on several ranks: one that raised alone would hang the others
         self._remote = any(is_remote(url) for source in reader.sources for url in source.urls)
@@ -273,7 +276,7 @@ class ShardDataset(Dataset[Batch]):
         for row, (position, group, index, recorded) in enumerate(rows):
             draw_keys = [DrawKey.live(self.seed, epoch, position, v) for v in range(len(views))]
             if recorded >= 0:
-                draw_keys[0] = DrawKey.recorded(self.seed, group, index, recorded)
+                draw_keys[0] = DrawKey.recorded(self.recorded_seed, group, index, recorded)
             try:
                 found, seen, fault = self.reader.read(group, index, partial(self._see, draw_keys))
             except NoStandIn as lost:

@@ -8,12 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from multikd import distributed
-from multikd.data.cache import CacheDtype, CacheSource, FeatureCache, FeatureCacheWriter
+from multikd.data.cache import (
+    CacheDtype,
+    CacheSource,
+    CacheStorage,
+    FeatureCache,
+    FeatureCacheWriter,
+)
+from multikd.data.cache_storage import Ints
 from multikd.data.dataset import RecordedDataset, SampleReader, ShardDataset
 from multikd.data.decode import DEFAULT_MAX_PIXELS
 from multikd.data.faults import FaultCounter
@@ -49,7 +57,9 @@ class ShardDataModule(LightningDataModule):
         window_shards: shards whose samples are shuffled together.
         epoch_length: samples in an epoch; None: all (a mixture: the sum of its data sets).
         cache: folder of the feature cache; needs ``train_views`` with ``recorded``.
-        cache_dtype: how features are kept.
+        cache_dtype: number format that features are kept in.
+        cache_storage: the same in detail (int8, PCA, fewer patches), in place of ``cache_dtype``.
+        recorded_seed: of recorded views, where runs of several seeds share a cache; None: ``seed``.
         in_memory: decode small sets once and keep the images.
         in_memory_gb: bound of that, per set.
         max_fault_rate: share of unreadable samples past which the run stops.
@@ -101,6 +111,8 @@ class ShardDataModule(LightningDataModule):
         allow_pipe: bool = False,
         epoch_batches: int | None = None,
         shuffle_buffer: int = 1000,
+        cache_storage: CacheStorage | None = None,
+        recorded_seed: int | None = None,
     ) -> None:
         super().__init__()
         if train_views is None:
@@ -116,7 +128,8 @@ class ShardDataModule(LightningDataModule):
         self.window_shards = window_shards
         self.epoch_length = epoch_length
         self.cache = cache
-        self.cache_dtype = cache_dtype
+        self.cache_storage = cache_storage or CacheStorage(cache_dtype)
+        self.recorded_seed = seed if recorded_seed is None else recorded_seed
         self.in_memory_bytes = in_memory_gb * 1e9 if in_memory else None
         self.max_fault_rate = max_fault_rate
         self.max_pixels = max_pixels
@@ -273,6 +286,7 @@ class ShardDataModule(LightningDataModule):
                 self.train_views,
                 self.seed,
                 self._cached(),
+                self.recorded_seed,
             )
             shards.grey_for_lost = self._ranks()[1] > 1
             sampler = self._train_sampler(*self._ranks())
@@ -457,7 +471,11 @@ class ShardDataModule(LightningDataModule):
         for source in train.reader.sources:
             digest.update(source.fingerprint().encode())
         return CacheSource(
-            digest.hexdigest(), train.samples, policy.recorded, policy.describe(), self.seed
+            digest.hexdigest(),
+            train.samples,
+            policy.recorded,
+            policy.describe(),
+            self.recorded_seed,
         )
 
     def _cache_folder(self) -> str:
@@ -465,10 +483,12 @@ class ShardDataModule(LightningDataModule):
             raise ValueError("this data module has no feature cache: set cache to a folder")
         return self.cache
 
-    def cache_complete(self, fingerprints: Mapping[str, str]) -> bool:
+    def cache_complete(self, fingerprints: Mapping[str, str], verify: bool = False) -> bool:
         """Whether the cache has every row of these teachers (name → fingerprint).
 
-        Whatever the answer, ``train_dataloader`` serves these teachers from the cache from now on.
+        With ``verify`` all of it is read: files that were cut off, and rows that do not fit their
+        checksum, are said and count as missing. Whatever the answer, ``train_dataloader`` serves
+        these teachers from the cache from now on.
 
         Raises:
             ValueError: the cache was made from other data, views or teachers; names what differs.
@@ -480,16 +500,51 @@ class ShardDataModule(LightningDataModule):
             return False
         present = {n: f for n, f in fingerprints.items() if n in cache.records}
         cache.check(present)
-        return len(present) == len(fingerprints) and not len(cache.missing(list(fingerprints)))
+        if len(present) < len(fingerprints):
+            return False
+        if not verify:
+            return not len(cache.missing(list(fingerprints)))
+        try:
+            missing, wrong = cache.missing(list(present)), cache.damaged_chunks(list(present))
+        except ValueError as error:
+            logger.warning("%s", error)
+            return False
+        for name, chunks in wrong.items():
+            first, end = cache.rows_in(name, chunks[0])
+            logger.warning(
+                "%d chunks of teacher %r in the feature cache %s do not fit their checksum (the "
+                "first: rows %d to %d): they are computed again",
+                len(chunks), name, self.cache, first, end - 1,
+            )  # fmt: skip
+        return not len(missing) and not wrong
+
+    def cached_teachers(self) -> tuple[str, ...]:
+        """Teachers that the cache has features of, finished or not; none without a cache."""
+        try:
+            return tuple(FeatureCache(self._cache_folder(), self.cache_source()).records)
+        except FileNotFoundError:
+            return ()
 
     def open_cache_writer(
-        self, specs: Mapping[str, tuple[str, TokenFeatures]]
+        self,
+        specs: Mapping[str, tuple[str, TokenFeatures]],
+        about: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> FeatureCacheWriter:
         """Create or continue the cache for teachers: name → (fingerprint, example features)."""
         self._fingerprints = {name: fingerprint for name, (fingerprint, _) in specs.items()}
         return FeatureCacheWriter(
-            self._cache_folder(), self.cache_source(), specs, self.cache_dtype
+            self._cache_folder(), self.cache_source(), specs, self.cache_storage, about
         )
+
+    def example_dataloader(self, count: int) -> ShardLoader:
+        """Batches of ``count`` recorded views spread evenly over all of them, alike on all ranks.
+
+        What scales and bases of a cache are measured on.
+        """
+        source = self.cache_source()
+        count = min(count, source.rows)
+        rows = np.linspace(0, source.rows - 1, count).round().astype(np.int64)
+        return self._recorded_loader(source, rows, 0, 1)
 
     def precompute_dataloader(
         self, rank: int | None = None, world: int | None = None
@@ -505,9 +560,14 @@ class ShardDataModule(LightningDataModule):
         rows = cache.missing(list(self._fingerprints or cache.records))
         if not len(rows):
             return None
+        return self._recorded_loader(cache.source, rows, rank, world)
+
+    def _recorded_loader(
+        self, source: CacheSource, rows: Ints, rank: int, world: int
+    ) -> ShardLoader:
         train = self._open("train")
         dataset = RecordedDataset(
-            self._read_ready(train), self.train_views[0], cache.source, rows, self.seed
+            self._read_ready(train), self.train_views[0], source, rows, self.recorded_seed
         )
         sampler = GlobalBatchSampler(len(rows), self.eval_batch_size, rank, world, drop_last=False)
         return self._loader(dataset, sampler, persistent=False)

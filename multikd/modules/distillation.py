@@ -144,6 +144,9 @@ class DistillationModule(pl.LightningModule):
         self.average = None if ema_decay is None else StudentAverage(student, ema_decay)
         self.validate_losses = validate_losses
         self.last_records: tuple[StepRecord, ...] = ()
+        # Set by a diagnosis that asks for each teacher's part of the loss, with its graph.
+        self.keeps_parts = False
+        self.kept_parts: dict[str, Tensor] = {}
         # Of dropout and drop path. A buffer, so that a resumed run goes on with the same draws.
         seed = torch.initial_seed() & (2**63 - 1)
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
@@ -233,7 +236,9 @@ class DistillationModule(pl.LightningModule):
         shift = None if seen == view else view_shift(batch, view, seen)
         student_grids = [rung.grid for rung in output.rungs if rung.grid is not None]
         grids: dict[str, Grid | None] = {
-            name: self._grid(student_grids, targets[name].grid) for name in names
+            # Of a teacher of whom only some patches were kept, the others can't be resampled.
+            name: targets[name].places_grid or self._grid(student_grids, targets[name].grid)
+            for name in names
         }
         predictions = self.ladder(output.rungs, grids, names)
         rows: list[Tensor] = []
@@ -246,7 +251,8 @@ class DistillationModule(pl.LightningModule):
             if training:
                 normalizer.update(raw)
             extra = {"shift": shift} if self.losses[name].uses_shift else {}
-            rows.append(self.losses[name](predictions[name], target, batch, **extra))
+            prediction = at_places(predictions[name], raw)
+            rows.append(self.losses[name](prediction, target, batch, **extra))
             norms[f"prediction/{name}"] = mean_norm(
                 predictions[name].summary, predictions[name].patches
             )
@@ -258,7 +264,9 @@ class DistillationModule(pl.LightningModule):
             keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
             keep = torch.where(real, keep, 0.0)
             lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
-            total, _ = weigh(losses, keep, lambdas, self.dropper.normalize)
+            total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
+            if self.keeps_parts:
+                self._keep_parts(names, losses, weights)
             total = total + regulariser
             absent = [name for name in self.teacher_names if name not in names]
             if absent:
@@ -286,6 +294,12 @@ class DistillationModule(pl.LightningModule):
         )
         return total, record
 
+    def _keep_parts(self, names: Sequence[str], losses: Tensor, weights: Tensor) -> None:
+        parts = torch.where(weights > 0, weights * losses, 0.0).mean(dim=1)
+        for index, name in enumerate(names):
+            earlier = self.kept_parts.get(name)
+            self.kept_parts[name] = parts[index] if earlier is None else earlier + parts[index]
+
     def _step_number(self, batch_idx: int) -> int:
         """Number of this batch since the start of the run: the same on every rank."""
         if self._trainer is None:
@@ -310,6 +324,7 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch: the mean over its views."""
         losses, records = [], []
+        self.kept_parts = {}
         for view in self.student_views(len(batch.views)):
             loss, record = self.step(batch, view, batch_idx, training=True)
             losses.append(loss)
@@ -465,7 +480,11 @@ class DistillationModule(pl.LightningModule):
         checkpoint[VALIDATED_KEY] = self._validated_at == done
         if done >= 0 and self.device_mesh is None and self.trainer.fit_loop._should_accumulate():
             checkpoint[GRADIENTS_KEY] = gradients_of(self)
-        checkpoint["teachers"] = {
+        checkpoint["teachers"] = self.teacher_facts()
+
+    def teacher_facts(self) -> dict[str, dict[str, str]]:
+        """Encoder, licence, source and fingerprint of every teacher, for checkpoints."""
+        return {
             name: {
                 "encoder": self.teacher(name).spec.name,
                 "licence": self.teacher(name).spec.licence,
@@ -560,6 +579,18 @@ def on_grid(features: TokenFeatures, grid: Grid | None) -> TokenFeatures:
         patches=resample_patches(features.patches, features.grid, grid),
         grid=grid,
         logits=features.logits,
+    )
+
+
+def at_places(prediction: TokenFeatures, target: TokenFeatures) -> TokenFeatures:
+    """The prediction at the patches that ``target`` has, where a cache kept only some."""
+    if target.places is None or prediction.patches is None:
+        return prediction
+    places = target.places.unsqueeze(2).expand(-1, -1, prediction.patches.shape[2])
+    return TokenFeatures(
+        summary=prediction.summary,
+        patches=prediction.patches.gather(1, places),
+        logits=prediction.logits,
     )
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from multikd.callbacks import PrecomputeFeatures
+from multikd.data.cache import CacheStorage
 from multikd.data.module import ShardDataModule
 from multikd.data.views import LightViews
 from multikd.losses import HardestKept, RandomTeachers
@@ -95,6 +96,25 @@ def test_a_cached_run_equals_one_with_live_teachers(folder: Path, tmp_path: Path
     cached, ran = fit(folder, tmp_path, cache, dropper=dropping)
     assert cached.losses == losses(live)
     assert sum(ran.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("storage", "tolerance"),
+    [
+        (CacheStorage("float32"), 1e-5),
+        (CacheStorage("float16"), 1e-2),
+        (CacheStorage("int8"), 2e-2),
+    ],
+)
+def test_less_precise_features_train_nearly_the_same(
+    folder: Path, tmp_path: Path, storage: CacheStorage, tolerance: float
+) -> None:
+    live, _ = fit(folder, tmp_path, None)
+    cached, ran = fit(folder, tmp_path, tmp_path / "cache", cache_storage=storage)
+    assert cached.keys == live.keys
+    assert cached.losses == [pytest.approx(row, rel=tolerance) for row in live.losses]
+    examples = SAMPLES * VIEWS if storage.measured("summary") else 1
+    assert ran == dict.fromkeys(ran, examples + SAMPLES * VIEWS)
 
 
 def test_interrupted_it_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Which teachers are worth paying for: studies over teachers, seeds and settings."""
