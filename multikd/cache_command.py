@@ -243,10 +243,10 @@ def _text(
     plans: Sequence[TeacherPlan], data: ShardDataModule, out: Path, complete: bool, dry_run: bool
 ) -> str:
     source = data.cache_source()
+    left = "missing" if dry_run else "computed"
     lines = [
         f"{source.rows:,} rows: {source.views} recorded views of {sum(source.samples):,} images",
-        f"{'teacher':<16}{'bytes a view':>14}{'size':>12}{'missing':>12}{'ms an image':>13}"
-        f"{'time':>11}",
+        f"{'teacher':<16}{'bytes a view':>14}{'size':>12}{left:>12}{'ms an image':>13}{'time':>11}",
     ]
     for plan in plans:
         pace = plan.seconds_per_image

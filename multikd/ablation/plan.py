@@ -133,11 +133,14 @@ class Planner:
         ]
 
     def shared(self) -> list[Run]:
-        """What every run builds on: the teachers' features, the teachers' own scores."""
+        """What every run builds on: the teachers' own scores, their features.
+
+        The scores first: a task that does not fit them is found before a cache is filled.
+        """
         everything = Combination(tuple(self.pool), self._first_levels())
         runs = [Run("teachers", everything, self.study.seeds[0])]
         if self.study.cache is not None:
-            runs.insert(0, Run("cache", everything, self.study.seeds[0]))
+            runs.append(Run("cache", everything, self.study.seeds[0]))
         return runs
 
     def runs(self, combinations: Sequence[Combination]) -> list[Run]:

@@ -16,18 +16,15 @@ from multikd.errors import MissingExtraError
 
 def stages(planner: Planner, study: StudyFolder) -> Iterator[list[Run]]:
     """Lists of runs; each is to be done before the next is asked for."""
-    shared = planner.shared()
-    for run in shared:
-        if run.kind == "cache":
-            yield [run]
-    rest = [run for run in shared if run.kind != "cache"]
+    for run in planner.shared():
+        yield [run]
     if planner.study.halving is not None:
-        yield from _halving(planner, study, rest)
+        yield from _halving(planner, study)
     elif planner.study.search is not None:
-        yield from _search(planner, study, rest)
+        yield from _search(planner, study)
     else:
         combinations = planner.combinations()
-        yield [*rest, *planner.empty(combinations), *planner.runs(combinations)]
+        yield [*planner.empty(combinations), *planner.runs(combinations)]
 
 
 def planned_runs(planner: Planner) -> int:
@@ -44,7 +41,7 @@ def planned_runs(planner: Planner) -> int:
     return seeds * total
 
 
-def _halving(planner: Planner, study: StudyFolder, rest: list[Run]) -> Iterator[list[Run]]:
+def _halving(planner: Planner, study: StudyFolder) -> Iterator[list[Run]]:
     """Jamieson and Talwalkar, "Non-stochastic best arm identification …" (2016)."""
     halving = planner.study.halving
     if halving is None:
@@ -52,15 +49,14 @@ def _halving(planner: Planner, study: StudyFolder, rest: list[Run]) -> Iterator[
     left = planner.combinations()
     for budget in halving.budgets:
         at = [replace(c, budget=budget) for c in left]
-        yield [*rest, *planner.empty(at), *planner.runs(at)]
-        rest = []
+        yield [*planner.empty(at), *planner.runs(at)]
         means = {c: retention_of_combination(planner, study, c) for c in at}
         ranked = sorted(at, key=lambda c: -means[c])
         count = max(1, math.ceil(len(left) * halving.keep))
         left = [replace(c, budget=None) for c in ranked[:count] if math.isfinite(means[c])]
 
 
-def _search(planner: Planner, study: StudyFolder, rest: list[Run]) -> Iterator[list[Run]]:
+def _search(planner: Planner, study: StudyFolder) -> Iterator[list[Run]]:
     """Optuna's TPE over teachers (in or out) and levels; the same trials when started again."""
     search = planner.study.search
     if search is None:
@@ -88,8 +84,7 @@ def _search(planner: Planner, study: StudyFolder, rest: list[Run]) -> Iterator[l
                 return  # it keeps asking for what is known
             continue
         if chosen not in known:
-            yield [*rest, *planner.empty([chosen]), *planner.runs([chosen])]
-            rest = []
+            yield [*planner.empty([chosen]), *planner.runs([chosen])]
             known[chosen] = retention_of_combination(planner, study, chosen)
         value = known[chosen]
         if math.isfinite(value):

@@ -272,8 +272,10 @@ def test_a_run_that_fails_is_tried_once_more_and_told(
 def test_a_failed_cache_stops_the_study(
     place: Place, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def do(*_: Any) -> dict[str, Any]:
-        raise OSError("No space left on device")
+    def do(run: Run, *rest: Any) -> dict[str, Any]:
+        if run.kind == "cache":
+            raise OSError("No space left on device")
+        return made_up(run, *rest)
 
     monkeypatch.setattr(work, "do", do)
     with pytest.raises(ValueError, match="the study's cache could not be made.*No space left"):

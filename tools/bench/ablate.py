@@ -82,7 +82,6 @@ def study(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         },
         "tasks": {
             "knn": {"protocol": "KNN", "data": "fashion", "ks": [20]},
-            "few-shot": {"protocol": "FewShot", "data": "fashion", "ways": 5, "shots": 5},
         },
     }
     (root / "tasks.yaml").write_text(yaml.safe_dump(tasks))
