@@ -17,9 +17,8 @@ from torch import Tensor
 
 from multikd.functional import full_precision, without_autocast
 
-
-# Hidden units of one output that are worked on at a time: enough for products at full speed, and few
-# enough that a batch of them stays in a CPU's cache and what is kept is freed bit by bit.
+# Hidden units of one output worked on at a time: enough for products at full speed, and so few
+# that a batch of them stays in a CPU's cache and what is kept is freed bit by bit.
 _CHUNK = 2048
 
 
@@ -176,7 +175,8 @@ class _MLPSums(torch.autograd.Function):
                         total += change
                     else:
                         images = total.view(shape[0], -1)
-                        images.index_add_(0, chosen, change.view(len(chosen), -1).to(total.dtype))
+                        change = change.view(len(chosen), images.shape[1])
+                        images.index_add_(0, chosen, change.to(total.dtype))
             shaped = [
                 None if g is None else g.view(*shape, -1).to(kind)
                 for g, kind in zip(to_inputs, dtypes, strict=True)
@@ -202,13 +202,12 @@ def _backward_of(
             return tensor
         return tensor.view(images, -1).index_select(0, chosen).view(-1, tensor.shape[-1])
 
-    wide = of(gradient.reshape(-1, width))
-    g, units = wide.to(dtype), of(units)
+    g, units = of(gradient.reshape(-1, width)).to(dtype), of(units)
     to_w2 = g.t() @ F.gelu(units)
-    to_b2 = wide.sum(0, dtype=None if dtype == torch.float64 else torch.float32)
+    to_b2 = g.sum(0)  # accumulated in float32, whatever the dtype
     toward_hidden = g @ _side_by_side([mlp.w2 for mlp in mlps], dtype)
     torch.ops.aten.gelu_backward.grad_input(toward_hidden, units, grad_input=toward_hidden)
-    to_b1 = toward_hidden.sum(0, dtype=to_b2.dtype)
+    to_b1 = toward_hidden.sum(0)
     to_weights: list[Tensor | None] = []
     toward: list[Tensor | None] = []
     ends = _ends(mlps)
@@ -244,7 +243,7 @@ def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _used(gradient: Tensor) -> Tensor | None:
     """Indices of the images whose gradient is not zero throughout; None for all."""
-    used = (gradient != 0).flatten(1).any(1)
+    used = gradient.flatten(1).any(1)
     chosen = used.nonzero().squeeze(1)
     return None if len(chosen) == len(used) else chosen
 

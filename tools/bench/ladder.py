@@ -4,10 +4,11 @@
 
 Sizes are those of UNIC with a ViT-S/16 student (D 384, hidden 384 and 1536 at the last of 12 rungs,
 four teachers of width 384, 14×14 patches, batch 16), and of a small student with wide teachers (D
-192, width 1280, 8×8 patches, batch 64). Cases: ladder alone with a gradient for every row; the same
-with the rows of a hardest-kept draw of p = 0.5 (of the others the gradient is zero); and ladder with
-loss and dropping. Printed beside: the floor, the time of the naive case's matrix products at the
-rate of a 2048³ product measured in the same run; bytes kept for the backward pass; the peak.
+192, width 1280, 8×8 patches, batch 64). Cases: ladder alone with a gradient for every row; the
+same with the rows of a hardest-kept draw of p = 0.5 (of the others the gradient is zero); and
+ladder with loss and dropping. Printed beside: the floor, the time of the naive case's matrix
+products at the rate of a 2048³ product measured in the same run; bytes kept for the backward pass;
+the peak.
 
 `--published FOLDER` (a checkout of naver/unic) also runs the published ladder, loss and dropping.
 """
@@ -224,7 +225,7 @@ class Case:
 
 
 def hardest_draw(case: Case) -> Tensor:
-    """A typical draw of hardest-kept dropping: every image keeps one teacher and half the others."""
+    """A typical draw of hardest-kept dropping: an image keeps one teacher and half the others."""
     losses = torch.rand(case.sizes.teachers, case.sizes.batch)
     return case.dropper.keep(losses, case.positions, 0)
 
