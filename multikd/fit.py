@@ -43,6 +43,7 @@ from multikd.fit_faults import explained
 from multikd.fit_help import HelpFormatter, help_texts
 from multikd.fit_summary import checkpoint_of
 from multikd.modules.distillation import DistillationModule
+from multikd.performance import tune_process
 from multikd.redaction import redact, redact_values
 from multikd.saving import VerifiedCheckpointIO, newest_whole
 
@@ -279,6 +280,13 @@ class MultikdCLI(LightningCLI):
         )
 
 
+# Settings of the process that `fit` makes, and their choices.
+_CHOICES = {
+    "--allocator": ("keep", "default"),
+    "--float32_products": ("highest", "high", "medium"),
+}
+
+
 @dataclass
 class OwnArguments:
     """Arguments of ``fit`` that Lightning's parser does not know, taken out of the others.
@@ -287,11 +295,15 @@ class OwnArguments:
         rest: the others.
         resume_auto: ``--resume auto``.
         allow_changes: ``--allow_changes``.
+        allocator: ``--allocator keep|default``.
+        float32_products: ``--float32_products highest|high|medium``.
     """
 
     rest: list[str]
     resume_auto: bool = False
     allow_changes: bool = False
+    allocator: str = "keep"
+    float32_products: str | None = None
 
     @classmethod
     def taken_from(cls, args: Sequence[str]) -> OwnArguments:
@@ -316,6 +328,13 @@ class OwnArguments:
                 own.resume_auto = True
             elif argument in ("--allow_changes", "--allow-changes"):
                 own.allow_changes = True
+            elif name in _CHOICES:
+                value = value if equals else (pending.pop(0) if pending else "")
+                if value not in _CHOICES[name]:
+                    raise ValueError(
+                        f"{name} must be one of {', '.join(_CHOICES[name])}, received {value!r}"
+                    )
+                setattr(own, name.removeprefix("--"), value)
             else:
                 own.rest.append(argument)
         if (own.resume_auto or own.allow_changes) and own.rest[:1] != ["fit"]:
@@ -364,6 +383,8 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
     classes: dict[str, type] = {"model": DistillationModule, "data": ShardDataModule}
     own = OwnArguments.taken_from(args) if run else OwnArguments(list(args))
     arguments = resolve_configs(own.rest)
+    if run and own.rest[:1] == ["fit"]:
+        tune_process(own.allocator, own.float32_products)
     try:
         return MultikdCLI(
             pl.LightningModule,

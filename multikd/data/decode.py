@@ -126,6 +126,50 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
     return decode_with_format(data, max_pixels)[0]
 
 
+def decode_pixels(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+    """As ``decode_image``, to an array ``(H, W, 3)``.
+
+    Upright JPEGs go straight to libjpeg-turbo where simplejpeg is installed (``multikd[fast]``):
+    the same pixels, in three quarters of the time. Whatever it does not take, Pillow decodes.
+
+    Raises:
+        SampleFault: ``empty``, ``too large``, ``truncated`` or ``undecodable``.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        pixels = _decode_jpeg(data, max_pixels)
+        if pixels is not None:
+            return pixels
+    return np.array(decode_image(data, max_pixels))
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
+    library = _simplejpeg()
+    if library is None:
+        return None
+    try:
+        with _quiet, Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            # MPO, CMYK, and images that lie on their side, are Pillow's.
+            if image.format != "JPEG" or image.mode not in ("RGB", "L") or _orientation(image) > 1:
+                return None
+            _refuse_bomb(image.size, max_pixels)
+        # The accurate transform, as Pillow has it; strict, so that damage is found.
+        pixels: NDArray[np.uint8] = library.decode_jpeg(data, "RGB", fastdct=False, strict=True)
+        return pixels
+    except SampleFault:
+        raise
+    except Exception:  # Pillow says what it is
+        return None
+
+
+@functools.cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
+
+
 def decode_with_format(
     data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[Image.Image, str]:

@@ -23,10 +23,10 @@ from multikd.performance import keep_freed_memory
 Run = Callable[[], object]
 
 
-def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, threads: int = 2) -> argparse.Namespace:
     """Parse, with what every benchmark takes, and set threads, allocator and float32 products."""
     parser.add_argument("--repeats", type=int, default=7, help="of each variant (default: 7)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--threads", type=int, default=threads, help=f"default: {threads}")
     parser.add_argument(
         "--allocator",
         choices=("keep", "default"),
