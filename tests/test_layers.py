@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"fit", "fit_summary", "fit_faults", "checkpoints", "preflight", "teacher_statistics"},
     {"export"},
     {"retention"},
+    {"plan"},
     {"ablation"},
     {"demo"},
     {"cli"},

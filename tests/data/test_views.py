@@ -95,7 +95,9 @@ def test_crop_and_flip_equal_torchvision() -> None:
         if drawn[4]:
             reference, exact = v2.horizontal_flip(reference), v2.horizontal_flip(exact)
         view = policy.apply(image, drawn)
-        assert levels(view, reference) <= 2
+        # Two 8-bit implementations; on noise, one value in ten thousand is 3 levels off.
+        assert levels(view, reference) <= 3
+        assert ((view.int() - reference.int()).abs() > 2).double().mean() < 2e-4
         # Against exact arithmetic: 8-bit rounding (and clipping) between PIL's two passes remains.
         off = (view.double() - exact.clamp(0, 255)).abs()
         assert off.mean() < 0.5
