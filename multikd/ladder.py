@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multikd.errors import unknown_name
-from multikd.functional import full_precision
+from multikd.functional import autocast_dtype, full_precision
 from multikd.grids import resample_patches
 from multikd.mlp_sums import MLP, mlp_sums
 from multikd.projectors import Projector, ProjectorFactory, mlp_weights, summary_of
@@ -226,7 +226,7 @@ def _agree(inputs: Sequence[Tensor], outputs: Sequence[Sequence[MLP]]) -> bool:
         for x, mlp in zip(inputs, mlps, strict=True)
     ):
         return False
-    if torch.is_autocast_enabled(inputs[0].device.type):
+    if autocast_dtype(inputs[0].device) is not None:
         return inputs[0].dtype != torch.float64
     return all(w.dtype == inputs[0].dtype for mlps in outputs for mlp in mlps for w in mlp)
 

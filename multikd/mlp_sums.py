@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multikd.functional import full_precision, without_autocast
+from multikd.functional import autocast_dtype, full_precision, without_autocast
 
 # Hidden units of one output worked on at a time: enough for products at full speed, and so few
 # that a batch of them stays in a CPU's cache and what is kept is freed bit by bit.
@@ -62,9 +62,7 @@ def mlp_sums(
             f"{[len(mlps) for mlps in outputs]}"
         )
     device = inputs[0].device
-    dtype = outputs[0][0].w1.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = autocast_dtype(device) or outputs[0][0].w1.dtype
     if torch.compiler.is_compiling():
         results = _plain(inputs, outputs, dtype)
         return [full_precision(y) for y in results] if len(inputs) > 1 else results

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from multikd.functional import without_autocast
 from multikd.teachers.encoder import ImageEncoder
 from multikd.teachers.fingerprint import weight_digest
 from multikd.teachers.folding import fold_batch_norms
@@ -255,7 +256,7 @@ class Teacher(nn.Module):
         dtype = self._dtype_on(device)
         # Of our encoders the weights are cast; a user's module is run under autocast instead.
         mixed = not own and dtype != torch.float32
-        with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
+        with torch.autocast(device.type, dtype=dtype) if mixed else without_autocast(device):
             size = self.input_size((images.shape[2], images.shape[3]), student_patch)
             pixels = resized(images, size).float()
             count = len(pixels)

@@ -1,4 +1,4 @@
-"""What makes steps quick: no waiting for the device, one graph, one resize, one optimiser kernel."""
+"""What makes steps quick: no waiting for the device, one graph, one resize, a fused optimiser."""
 
 from __future__ import annotations
 
