@@ -66,6 +66,7 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
         ValueError: a teacher or the student does not run on the meta device.
     """
     images = torch.empty((2, 3, *size), device="meta")
+    module.to("meta")  # a few constants are made on the CPU whatever the default device
     patch = module.student.spec.patch_size
     teachers: dict[str, float] = {}
     targets: dict[str, TokenFeatures] = {}

@@ -274,7 +274,7 @@ def measure(options: argparse.Namespace, name: str, dtype: torch.dtype) -> dict[
 
 def rows_of(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
     """For people."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for what, row in found["cases"].items():
         published = row.get("published_to_naive")
         rows.append(

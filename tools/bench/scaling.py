@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from measuring import arguments, finish, in_turns, product_rate, summary
 from step import Ours, batch_of
+from torch import multiprocessing as mp
 
 from multikd.backbones import skeleton
 from multikd.losses import HardestKept
@@ -187,10 +187,12 @@ def ranks(options: argparse.Namespace) -> dict[str, Any]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         given = (world, port, options.repeats, options.batch, results)
-        processes = mp.spawn(_rank, args=given, nprocs=world, join=False)
+        processes = [context.Process(target=_rank, args=(r, *given)) for r in range(world)]
+        for process in processes:
+            process.start()
         times = results.get()
-        while not processes.join():
-            pass
+        for process in processes:
+            process.join()
         rates[world] = world * options.batch / median(times)
     return {"images_per_second": rates, "efficiency": rates[2] / (2 * rates[1])}
 
