@@ -93,11 +93,18 @@ class MultikdCLI(LightningCLI):
         args, kwargs: Lightning's.
         resume_auto: ``fit`` goes on from the newest whole checkpoint of the run's folder.
         allow_changes: go on although settings differ that change what is trained.
+        process: allocator and float32 products of ``fit``, see ``multikd.performance``.
     """
 
     def __init__(
-        self, *args: Any, resume_auto: bool = False, allow_changes: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        resume_auto: bool = False,
+        allow_changes: bool = False,
+        process: tuple[str, str | None] = ("default", None),
+        **kwargs: Any,
     ) -> None:
+        self.process = process
         self.resume_auto = resume_auto
         self.allow_changes = allow_changes
         super().__init__(*args, **kwargs)
@@ -182,6 +189,8 @@ class MultikdCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Check what can be checked, run, and say how to go on after an interruption."""
         self._check(subcommand)
+        if subcommand == "fit":
+            tune_process(*self.process)
         handler = signal.getsignal(signal.SIGINT)
         try:
             super()._run_subcommand(subcommand)
@@ -383,8 +392,6 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
     classes: dict[str, type] = {"model": DistillationModule, "data": ShardDataModule}
     own = OwnArguments.taken_from(args) if run else OwnArguments(list(args))
     arguments = resolve_configs(own.rest)
-    if run and own.rest[:1] == ["fit"]:
-        tune_process(own.allocator, own.float32_products)
     try:
         return MultikdCLI(
             pl.LightningModule,
@@ -411,6 +418,7 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
             run=run,
             resume_auto=own.resume_auto,
             allow_changes=own.allow_changes,
+            process=(own.allocator, own.float32_products),
         )
     except Unbuildable as stop:
         raise stop.reason from stop.reason.__cause__
