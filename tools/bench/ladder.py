@@ -252,6 +252,7 @@ def measure(options: argparse.Namespace, name: str, dtype: torch.dtype) -> dict[
         cases["alone"]["published"] = lambda: case.alone(forward, module, every)
         cases["dropping"]["published"] = lambda: case.alone(forward, module, keep)
         cases["with loss"]["published"] = whole
+    cases = {what: cases[what] for what in options.cases}
     rate = product_rate(dtype)
     figures: dict[str, Any] = {"product_rate": rate, "kept_share": float(keep.mean()), "cases": {}}
     for what, runs in cases.items():
@@ -262,6 +263,10 @@ def measure(options: argparse.Namespace, name: str, dtype: torch.dtype) -> dict[
         if "published" in times:
             row["published_to_naive"] = ratio(times["published"], times["naive"])
         figures["cases"][what] = row
+    figures["memory"] = False
+    if "alone" not in cases:
+        return figures
+    figures["memory"] = True
     saved = {
         "naive": saved_bytes(case.plain, case.parameters(case.naive)),
         "fused": saved_bytes(case.fused, case.parameters(case.ladder)),
@@ -287,7 +292,11 @@ def rows_of(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
                 "" if published is None else shown(published, "×"),
             )
         )
-    for what, key in (("MB kept for backward", "saved_bytes"), ("peak MB", "peak_bytes")):
+    for what, key in (
+        ()
+        if not found["memory"]
+        else (("MB kept for backward", "saved_bytes"), ("peak MB", "peak_bytes"))
+    ):
         row = found[key]
         values = [f"{row[variant] / 1e6:.0f}" for variant in ("naive", "fused")]
         rows.append((f"{name}, {what}", "", *values, f"{100 * row['share']:.1f} %", ""))
@@ -298,6 +307,8 @@ def main() -> None:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", choices=tuple(SIZES), nargs="+", default=list(SIZES))
+    names = ("alone", "dropping", "with loss")
+    parser.add_argument("--cases", choices=names, nargs="+", default=list(names))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--published", type=Path, help="checkout of naver/unic to run beside")
     options = arguments(parser)
