@@ -51,6 +51,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_ORIENTATION = 0x0112
+_HEADERS = 1 << 16  # bytes among which a JPEG's EXIF block and list of pictures begin
 
 
 class SampleFault(ValueError):
@@ -146,12 +147,14 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
     library = _simplejpeg()
     if library is None:
         return None
+    # Images that may lie on their side or hold several pictures are Pillow's, and so is CMYK.
+    if data.find(b"Exif\x00", 0, _HEADERS) >= 0 or data.find(b"MPF\x00", 0, _HEADERS) >= 0:
+        return None
     try:
-        with _quiet, Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            # MPO, CMYK, and images that lie on their side, are Pillow's.
-            if image.format != "JPEG" or image.mode not in ("RGB", "L") or _orientation(image) > 1:
-                return None
-            _refuse_bomb(image.size, max_pixels)
+        height, width, colours, _ = library.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray"):
+            return None
+        _refuse_bomb((width, height), max_pixels)
         # The accurate transform, as Pillow has it; strict, so that damage is found.
         pixels: NDArray[np.uint8] = library.decode_jpeg(data, "RGB", fastdct=False, strict=True)
         return pixels
