@@ -147,10 +147,14 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
     library = _simplejpeg()
     if library is None:
         return None
-    # Images that may lie on their side or hold several pictures are Pillow's, and so is CMYK.
-    if data.find(b"Exif\x00", 0, _HEADERS) >= 0 or data.find(b"MPF\x00", 0, _HEADERS) >= 0:
+    # Images that lie on their side or hold several pictures are Pillow's, and so is CMYK.
+    if data.find(b"MPF\x00", 0, _HEADERS) >= 0:
         return None
     try:
+        if data.find(b"Exif\x00", 0, _HEADERS) >= 0:
+            with _quiet, Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+                if _orientation(image) != 1:
+                    return None
         height, width, colours, _ = library.decode_jpeg_header(data)
         if colours not in ("YCbCr", "Gray"):
             return None
