@@ -75,10 +75,10 @@ def _shares(counts: StepCounts) -> dict[str, float]:
     """Share of a step's FLOP: of each teacher with its heads (thrice: forward and backward)."""
     heads = sum(counts.heads.values())
     shares = {
-        name: (flop + 3.0 * counts.views * counts.heads[name]) / counts.total
+        name: (flop + 3.0 * counts.heads[name]) / counts.total
         for name, flop in counts.teachers.items()
     }
-    rest = counts.training - 3.0 * counts.views * heads
+    rest = counts.training - 3.0 * heads
     return {**shares, "student": rest / counts.total}
 
 

@@ -73,7 +73,7 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
     for name in module.teacher_names:
         teacher = module.teacher(name)
         try:
-            teachers[name] = _flop(lambda t=teacher: t(images, patch)) / 2  # type: ignore[misc]
+            teachers[name] = views * _flop(lambda t=teacher: t(images, patch)) / 2  # type: ignore[misc]
             targets[name] = teacher(images, patch)
         except Exception as error:  # a user's own encoder may do anything
             raise ValueError(
@@ -82,14 +82,15 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
                 "device"
             ) from error
     module.student.train()
-    known = {id(p) for p in module.parameters()}
+    known = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known and tensor.numel():
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
             alive.append(tensor)  # so that no other storage takes its address
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -110,7 +111,7 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
     held = sum(kept.values())
     alive.clear()
     heads = {
-        name: _flop(lambda n=name: module.ladder(output.rungs, grids, [n])) / 2  # type: ignore[misc]
+        name: views * _flop(lambda n=name: module.ladder(output.rungs, grids, [n])) / 2  # type: ignore[misc]
         for name in module.teacher_names
     }
     return StepCounts(
@@ -126,7 +127,7 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
         student_parameters=_parameters(module.student),
         ladder_parameters=_parameters(module.ladder),
         teacher_parameters={n: module.teacher(n).num_parameters for n in module.teacher_names},
-        kept=held / 2,
+        kept=held / 2,  # of one view: the steps of several follow one another
         targets=sum(_bytes([f.summary, f.patches]) for f in targets.values()) / 2,
         averaged=0 if module.average is None else _parameters(module.average),
         views=views,
