@@ -35,6 +35,7 @@ import multikd
 import multikd.callbacks  # so that a config can name them without their import path
 from multikd import preflight
 from multikd.callbacks.preemption import SaveOnSignal, hpc_checkpoints
+from multikd.callbacks.tuning import TunedProcess
 from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
 from multikd.config_files import refuse_shell, resolve_configs
 from multikd.config_parser import ConfigParser, Unbuildable, construct
@@ -43,7 +44,6 @@ from multikd.fit_faults import explained
 from multikd.fit_help import HelpFormatter, help_texts
 from multikd.fit_summary import checkpoint_of
 from multikd.modules.distillation import DistillationModule
-from multikd.performance import tune_process
 from multikd.redaction import redact, redact_values
 from multikd.saving import VerifiedCheckpointIO, newest_whole
 
@@ -93,7 +93,7 @@ class MultikdCLI(LightningCLI):
         args, kwargs: Lightning's.
         resume_auto: ``fit`` goes on from the newest whole checkpoint of the run's folder.
         allow_changes: go on although settings differ that change what is trained.
-        process: allocator and float32 products of ``fit``, see ``multikd.performance``.
+        process: sets allocator and float32 products when training begins.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class MultikdCLI(LightningCLI):
         *args: Any,
         resume_auto: bool = False,
         allow_changes: bool = False,
-        process: tuple[str, str | None] = ("default", None),
+        process: TunedProcess | None = None,
         **kwargs: Any,
     ) -> None:
         self.process = process
@@ -175,8 +175,11 @@ class MultikdCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, VerifiedCheckpointIO()]
         callbacks = settings.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        added: list[pl.Callback] = [] if self.process is None else [self.process]
         if not any(isinstance(callback, SaveOnSignal) for callback in callbacks):
-            kwargs["callbacks"] = [*callbacks, SaveOnSignal()]
+            added.append(SaveOnSignal())
+        if added:
+            kwargs["callbacks"] = [*callbacks, *added]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
@@ -189,8 +192,6 @@ class MultikdCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Check what can be checked, run, and say how to go on after an interruption."""
         self._check(subcommand)
-        if subcommand == "fit":
-            tune_process(*self.process)
         handler = signal.getsignal(signal.SIGINT)
         try:
             super()._run_subcommand(subcommand)
@@ -418,7 +419,7 @@ def build_cli(args: Sequence[str], *, run: bool) -> MultikdCLI:
             run=run,
             resume_auto=own.resume_auto,
             allow_changes=own.allow_changes,
-            process=(own.allocator, own.float32_products),
+            process=TunedProcess(own.allocator, own.float32_products) if run else None,
         )
     except Unbuildable as stop:
         raise stop.reason from stop.reason.__cause__
