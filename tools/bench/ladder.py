@@ -225,9 +225,12 @@ class Case:
 
 
 def hardest_draw(case: Case) -> Tensor:
-    """A typical draw of hardest-kept dropping: an image keeps one teacher and half the others."""
+    """A draw of hardest-kept dropping that keeps as much as is expected: one teacher of an image,
+    and half the others."""
+    expected = (1 + (case.sizes.teachers - 1) / 2) / case.sizes.teachers
     losses = torch.rand(case.sizes.teachers, case.sizes.batch)
-    return case.dropper.keep(losses, case.positions, 0)
+    draws = [case.dropper.keep(losses, case.positions, epoch) for epoch in range(50)]
+    return min(draws, key=lambda keep: abs(float(keep.mean()) - expected))
 
 
 def measure(options: argparse.Namespace, name: str, dtype: torch.dtype) -> dict[str, Any]:
