@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_ablate(commands)
     _add_export(commands)
+    _add_plan(commands)
     _add_configs(commands)
     return parser
 
@@ -570,6 +571,39 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--no-cost", action="store_true", help="do not measure the latency")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     _json_argument(parser)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        _plan,
+        "count a config's parameters, memory and FLOP, and predict images/s and days on GPUs",
+        "No weights are fetched and nothing is trained. Everything else is passed on as to\n"
+        "`multikd fit`.\n\nexamples:\n  multikd plan unic_vitb16_imagenet\n"
+        "  multikd plan laptop --gpus a100,h100,b200 --data.batch_size=256\n",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="name of a shipped config, or a file")
+    parser.add_argument(
+        "--gpus", default="a100,h100", metavar="A,B", help="a100, h100, h200, b200, mi300x"
+    )
+    parser.add_argument(
+        "--images", type=int, default=1_281_167, help="in an epoch (default: ImageNet-1K's)"
+    )
+    parser.set_defaults(passes_settings_on=True)
+    _json_argument(parser)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from multikd.plan.commands import run_plan
+
+    take_over_lightning()
+    text, figures = run_plan(
+        [f"--config={arguments.config}", *arguments.settings],
+        gpus=[name.strip() for name in arguments.gpus.split(",") if name.strip()],
+        images=arguments.images,
+    )
+    return _finish(text, figures, arguments.json)
 
 
 def _add_configs(commands: Any) -> None:

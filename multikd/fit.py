@@ -37,6 +37,7 @@ import multikd.callbacks  # so that a config can name them without their import 
 from multikd import preflight
 from multikd.callbacks.precompute import PrecomputeFeatures
 from multikd.callbacks.preemption import SaveOnSignal, hpc_checkpoints
+from multikd.callbacks.tuning import TunedProcess
 from multikd.checkpoints import CHECKPOINT_KEY, read_checkpoint, read_config
 from multikd.config_files import modules_typed, refuse_shell, resolve_configs
 from multikd.config_parser import ConfigParser, Unbuildable, construct
@@ -98,11 +99,18 @@ class MultikdCLI(LightningCLI):
         args, kwargs: Lightning's.
         resume_auto: ``fit`` goes on from the newest whole checkpoint of the run's folder.
         allow_changes: go on although settings differ that change what is trained.
+        process: sets allocator and float32 products when training begins.
     """
 
     def __init__(
-        self, *args: Any, resume_auto: bool = False, allow_changes: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        resume_auto: bool = False,
+        allow_changes: bool = False,
+        process: TunedProcess | None = None,
+        **kwargs: Any,
     ) -> None:
+        self.process = process
         self.resume_auto = resume_auto
         self.allow_changes = allow_changes
         super().__init__(*args, **kwargs)
@@ -196,7 +204,7 @@ class MultikdCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, VerifiedCheckpointIO()]
         callbacks = settings.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        added: list[pl.Callback] = []
+        added: list[pl.Callback] = [] if self.process is None else [self.process]
         if not any(isinstance(callback, SaveOnSignal) for callback in callbacks):
             added.append(SaveOnSignal())
         cached = isinstance(self.datamodule, ShardDataModule) and self.datamodule.cache is not None
@@ -318,6 +326,13 @@ class MultikdCLI(LightningCLI):
         )
 
 
+# Settings of the process that `fit` makes, and their choices.
+_CHOICES = {
+    "--allocator": ("keep", "default"),
+    "--float32_products": ("highest", "high", "medium"),
+}
+
+
 @dataclass
 class OwnArguments:
     """Arguments of ``fit`` that Lightning's parser does not know, taken out of the others.
@@ -326,11 +341,15 @@ class OwnArguments:
         rest: the others.
         resume_auto: ``--resume auto``.
         allow_changes: ``--allow_changes``.
+        allocator: ``--allocator keep|default``.
+        float32_products: ``--float32_products highest|high|medium``.
     """
 
     rest: list[str]
     resume_auto: bool = False
     allow_changes: bool = False
+    allocator: str = "keep"
+    float32_products: str | None = None
 
     @classmethod
     def taken_from(cls, args: Sequence[str]) -> OwnArguments:
@@ -355,6 +374,13 @@ class OwnArguments:
                 own.resume_auto = True
             elif argument in ("--allow_changes", "--allow-changes"):
                 own.allow_changes = True
+            elif name in _CHOICES:
+                value = value if equals else (pending.pop(0) if pending else "")
+                if value not in _CHOICES[name]:
+                    raise ValueError(
+                        f"{name} must be one of {', '.join(_CHOICES[name])}, received {value!r}"
+                    )
+                setattr(own, name.removeprefix("--"), value)
             else:
                 own.rest.append(argument)
         if (own.resume_auto or own.allow_changes) and own.rest[:1] != ["fit"]:
@@ -446,6 +472,7 @@ def _cli(arguments: list[str], run: bool, own: OwnArguments, kind: type[MultikdC
         run=run,
         resume_auto=own.resume_auto,
         allow_changes=own.allow_changes,
+        process=TunedProcess(own.allocator, own.float32_products) if run else None,
     )
 
 

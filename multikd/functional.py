@@ -31,6 +31,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of products under autocast; None where it is off, or the device has none."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """``1 − cos(prediction, target)`` over the last dimension: ``(…, D)`` → ``(…)`` in [0, 2].
 

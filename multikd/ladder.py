@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from multikd.errors import unknown_name
-from multikd.functional import full_precision
+from multikd.functional import autocast_dtype, full_precision
 from multikd.grids import resample_patches
-from multikd.projectors import Projector, ProjectorFactory
-from multikd.types import Grid, TokenFeatures, Widths
+from multikd.mlp_sums import MLP, mlp_sums
+from multikd.projectors import Projector, ProjectorFactory, mlp_weights, summary_of
+from multikd.types import TOKEN_TYPES, Grid, TokenFeatures, TokenType, Widths
 
 
 class Ladder(nn.Module):
@@ -29,6 +30,8 @@ class Ladder(nn.Module):
         projectors: makes each projector.
         rungs: which of the student's rungs carry projectors: all, the last, or indices (negative
             ones count from the end).
+        fused: compute the projectors of all rungs and teachers together where they are plain
+            two-layer MLPs (``multikd.mlp_sums``); the same numbers, and the same parameters.
 
     Raises:
         ValueError: for no teacher, a teacher name that can't be part of a parameter's name, or
@@ -41,8 +44,10 @@ class Ladder(nn.Module):
         teacher_widths: Mapping[str, Widths],
         projectors: ProjectorFactory,
         rungs: Literal["all", "last"] | Sequence[int] = "all",
+        fused: bool = True,
     ) -> None:
         super().__init__()
+        self.fused = fused
         if not teacher_widths:
             raise ValueError("a ladder needs at least one teacher, received none")
         self.num_rungs = len(student_widths)
@@ -92,16 +97,70 @@ class Ladder(nn.Module):
             )
         asked = self.teachers if teachers is None else tuple(teachers)
         resampled: dict[tuple[int, Grid | None], TokenFeatures] = {}
-        predictions: dict[str, TokenFeatures] = {}
+
+        def seen(r: int, grid: Grid | None) -> TokenFeatures:
+            if (r, grid) not in resampled:
+                resampled[r, grid] = _on_grid(rungs[r], grid)
+            return resampled[r, grid]
+
+        meetings: dict[Grid | None, list[str]] = {}
         for name in asked:
-            grid = grids.get(name)
-            parts: list[TokenFeatures] = []
-            for r, projector in self._of(name):
-                if (r, grid) not in resampled:
-                    resampled[r, grid] = _on_grid(rungs[r], grid)
-                parts.append(projector(resampled[r, grid]))
-            predictions[name] = _sum(name, parts)
-        return predictions
+            meetings.setdefault(grids.get(name), []).append(name)
+        predictions: dict[str, TokenFeatures] = {}
+        for grid, names in meetings.items():
+            of_names = {name: self._of(name) for name in names}
+            here = [seen(r, grid) for r in self.rungs]
+            together = self._together(here, of_names) if self.fused else {}
+            for name in names:
+                predictions[name] = (
+                    together[name]
+                    if name in together
+                    else _sum(
+                        name,
+                        [
+                            projector(features)
+                            for features, (_, projector) in zip(here, of_names[name], strict=True)
+                        ],
+                    )
+                )
+        return {name: predictions[name] for name in asked}
+
+    def _together(
+        self,
+        rungs: Sequence[TokenFeatures],
+        of_names: Mapping[str, Sequence[tuple[int, Projector]]],
+    ) -> dict[str, TokenFeatures]:
+        """Predictions of those teachers whose projectors are all plain MLPs, in one go."""
+        weights = {
+            name: [mlp_weights(projector) for _, projector in projectors]
+            for name, projectors in of_names.items()
+        }
+        names = [
+            name
+            for name, own in weights.items()
+            if all(mlps is not None and mlps.keys() == (own[0] or {}).keys() for mlps in own)
+        ]
+        grids = {rung.grid for rung in rungs}
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for token in TOKEN_TYPES:
+            asked = [name for name in names if token in (weights[name][0] or {})]
+            inputs = [_token(rung, token) for rung in rungs]
+            present = [x for x in inputs if x is not None]
+            if not asked or not present:
+                continue
+            mlps = [[MLP(*(w or {})[token]) for w in weights[name]] for name in asked]
+            if len(present) < len(inputs) or len(grids) > 1 or not _agree(present, mlps):
+                return {}  # the projectors, one by one, say what is wrong
+            for name, result in zip(asked, mlp_sums(present, mlps), strict=True):
+                found[name][token] = result
+        return {
+            name: TokenFeatures(
+                summary=own.get("summary"),
+                patches=own.get("patches"),
+                grid=rungs[-1].grid if "patches" in own else None,
+            )
+            for name, own in found.items()
+        }
 
     def teacher_parameters(self, name: str) -> list[nn.Parameter]:
         """Parameters of one teacher's projectors."""
@@ -153,6 +212,23 @@ def _on_grid(features: TokenFeatures, grid: Grid | None) -> TokenFeatures:
         return features
     patches = resample_patches(features.patches, features.grid, grid)
     return TokenFeatures(summary=features.summary, patches=patches, grid=grid)
+
+
+def _token(features: TokenFeatures, token: TokenType) -> Tensor | None:
+    return summary_of(features) if token == "summary" else features.patches
+
+
+def _agree(inputs: Sequence[Tensor], outputs: Sequence[Sequence[MLP]]) -> bool:
+    """Whether one product can hold them: fitting widths, one dtype unless autocast makes it so."""
+    if any(
+        x.shape[-1] != mlp.w1.shape[1]
+        for mlps in outputs
+        for x, mlp in zip(inputs, mlps, strict=True)
+    ):
+        return False
+    if autocast_dtype(inputs[0].device) is not None:
+        return inputs[0].dtype != torch.float64
+    return all(w.dtype == inputs[0].dtype for mlps in outputs for mlp in mlps for w in mlp)
 
 
 def _sum(name: str, parts: list[TokenFeatures]) -> TokenFeatures:

@@ -1,13 +1,18 @@
-"""Where a view lies in its image: crop boxes, crop and resize. PIL images in and out."""
+"""Where a view lies in its image: crop boxes, crop and resize."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
+
+Pixels = npt.NDArray[np.uint8]
+"""An upright RGB image as an array, ``(H, W, 3)``."""
 
 Range = tuple[float, float]
 ATTEMPTS = 10  # torchvision's, before the central crop
@@ -39,20 +44,38 @@ def crop_box(
     return ((height - h) // 2) / height, ((width - w) // 2) / width, h / height, w / width
 
 
-def crop_resize(image: Image.Image, box: list[float], size: int) -> Image.Image:
-    """Crop first, then resize: the pixels outside the crop cost and count nothing."""
-    width, height = image.size
+def crop_resize(pixels: Pixels, box: list[float], size: int) -> Tensor:
+    """Crop first, then resize: the pixels outside the crop cost and count nothing.
+
+    Bicubic with antialiasing, in torch's 8-bit arithmetic: Pillow's to 2 grey levels (on noise one
+    value in ten thousand is 3 off), at a fifth of its time.
+
+    Args:
+        pixels: uint8 ``(H, W, 3)``.
+        box: top, left, height and width as fractions of the image.
+        size: side of the result.
+
+    Returns:
+        uint8 ``(3, size, size)``.
+    """
+    height, width = pixels.shape[:2]
     top, left = round(box[0] * height), round(box[1] * width)
     h, w = round(box[2] * height), round(box[3] * width)
-    if (h, w) != (height, width):
-        image = image.crop((left, top, left + w, top + h))
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+    crop = torch.from_numpy(pixels[top : top + h, left : left + w]).permute(2, 0, 1)
+    if (h, w) == (size, size):
+        return crop.contiguous()
+    resized = functional.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)
+    return resized[0].contiguous()
 
 
-def resize_centre(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """Resize the short side and cut out the centre, computing only what is kept."""
+def resize_centre(image: Image.Image, resize: int, size: int) -> Tensor:
+    """Resize the short side and cut out the centre, computing only what is kept; Pillow's bicubic.
+
+    Returns:
+        uint8 ``(3, size, size)``.
+    """
     box = centre_box(image.size, (resize, resize), (size, size))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def centre_box(
@@ -82,6 +105,16 @@ def centre_box(
 def to_tensor(image: Image.Image) -> Tensor:
     """uint8 ``(3, H, W)`` of an RGB image."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def as_pixels(image: Image.Image | Pixels) -> Pixels:
+    """An RGB image as an array."""
+    return np.array(image) if isinstance(image, Image.Image) else image
+
+
+def as_image(image: Image.Image | Pixels) -> Image.Image:
+    """An RGB image as Pillow's."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
 def between(u: float, bounds: Range) -> float:

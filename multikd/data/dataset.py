@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from multikd.data.cache import CacheSource, FeatureCache
+from multikd.data.crops import Pixels
 from multikd.data.decode import (
     DEFAULT_MAX_PIXELS,
     IMAGE_EXTENSIONS,
     SampleFault,
-    decode_image,
     decode_label,
+    decode_pixels,
     find_image,
 )
 from multikd.data.order import EpochOrder
@@ -49,9 +50,19 @@ class NoStandIn(ValueError):
 class Sample(NamedTuple):
     """One decoded sample."""
 
-    image: Image.Image  # RGB
+    pixels: Pixels  # uint8 (H, W, 3), RGB
     label: int  # −1 for none
     key: str
+
+    @property
+    def image(self) -> Image.Image:
+        """As Pillow's image; a copy."""
+        return Image.fromarray(self.pixels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.pixels.shape[1], self.pixels.shape[0]
 
 
 class SampleReader:
@@ -92,7 +103,7 @@ class SampleReader:
                 found = self._decode(dataset, number)
                 self._kept[dataset, number] = found
                 if isinstance(found, Sample):
-                    used += 3 * found.image.width * found.image.height
+                    used += found.pixels.nbytes
                 if used > limit_bytes:
                     raise ValueError(
                         f"the decoded images need more than in_memory_gb={limit_bytes / 1e9:g}: "
@@ -180,8 +191,8 @@ def decode_members(members: dict[str, bytes], key: str, max_pixels: int) -> Samp
     Raises:
         SampleFault: there is no image, or image or label cannot be read.
     """
-    image = decode_image(find_image(members), max_pixels)
-    return Sample(image, decode_label(members), key)
+    pixels = decode_pixels(find_image(members), max_pixels)
+    return Sample(pixels, decode_label(members), key)
 
 
 def _wanted(source: ShardSource, shard: int) -> list[str]:
@@ -315,15 +326,15 @@ class ShardDataset(Dataset[Batch]):
             )
             for policy in self.policies
         ]
-        image = Image.new("RGB", (1, 1), (128, 128, 128))
-        return Sample(image, -1, key), seen, Fault(NO_STAND_IN, shard, key, str(lost))
+        pixels = np.full((1, 1, 3), 128, dtype=np.uint8)
+        return Sample(pixels, -1, key), seen, Fault(NO_STAND_IN, shard, key, str(lost))
 
     def _see(self, keys: list[DrawKey], sample: Sample) -> list[tuple[Parameters, Tensor]]:
         """Parameters and pixels of each view of a sample."""
         seen = []
         for key, policy in zip(keys, self.policies, strict=True):
-            drawn = policy.draw(key, sample.image.size)
-            seen.append((drawn, policy.apply(sample.image, drawn)))
+            drawn = policy.draw(key, sample.size)
+            seen.append((drawn, policy.see(sample.pixels, drawn)))
         return seen
 
     def _cached(self, dataset: Ints, sample: Ints, number: Ints) -> Any:

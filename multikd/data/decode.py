@@ -51,6 +51,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_ORIENTATION = 0x0112
+_HEADERS = 1 << 16  # bytes among which a JPEG's EXIF block and list of pictures begin
 
 
 class SampleFault(ValueError):
@@ -124,6 +125,56 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
         SampleFault: ``empty``, ``too large``, ``truncated`` or ``undecodable``.
     """
     return decode_with_format(data, max_pixels)[0]
+
+
+def decode_pixels(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+    """As ``decode_image``, to an array ``(H, W, 3)``.
+
+    Upright JPEGs go straight to libjpeg-turbo where simplejpeg is installed (``multikd[fast]``):
+    the same pixels, in three quarters of the time. Whatever it does not take, Pillow decodes.
+
+    Raises:
+        SampleFault: ``empty``, ``too large``, ``truncated`` or ``undecodable``.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        pixels = _decode_jpeg(data, max_pixels)
+        if pixels is not None:
+            return pixels
+    return np.array(decode_image(data, max_pixels))
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
+    library = _simplejpeg()
+    if library is None:
+        return None
+    # Images that lie on their side or hold several pictures are Pillow's, and so is CMYK.
+    if data.find(b"MPF\x00", 0, _HEADERS) >= 0:
+        return None
+    try:
+        if data.find(b"Exif\x00", 0, _HEADERS) >= 0:
+            with _quiet, Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+                if _orientation(image) != 1:
+                    return None
+        height, width, colours, _ = library.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray"):
+            return None
+        _refuse_bomb((width, height), max_pixels)
+        # The accurate transform, as Pillow has it; strict, so that damage is found.
+        pixels: NDArray[np.uint8] = library.decode_jpeg(data, "RGB", fastdct=False, strict=True)
+        return pixels
+    except SampleFault:
+        raise
+    except Exception:  # Pillow says what it is
+        return None
+
+
+@functools.cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
 
 
 def decode_with_format(

@@ -34,6 +34,7 @@ from multikd.data.sequential import SequentialShards, sequential_urls
 from multikd.data.sources import DEFAULT_CACHE, ShardSource
 from multikd.data.specs import DatasetSpec, Opened, dataset_facts
 from multikd.data.views import EvalViews, UnicViews, ViewPolicy
+from multikd.data.workers import Workers, choose_workers, measure_loading, usable_cores
 from multikd.types import TokenFeatures
 
 __all__ = ["DatasetSpec", "ShardDataModule"]
@@ -52,7 +53,8 @@ class ShardDataModule(LightningDataModule):
         eval_views: of ``val`` and ``bank``; None: resize and centre crop to the training size.
         batch_size: samples per batch on each process.
         eval_batch_size: the same for evaluation; None: ``batch_size``.
-        num_workers: loader workers of each process.
+        num_workers: loader workers of each process; ``auto`` chooses from the cores and from how
+            quickly one of them loads, measured at the start and logged.
         seed: of order and views.
         window_shards: shards whose samples are shuffled together.
         epoch_length: samples in an epoch; None: all (a mixture: the sum of its data sets).
@@ -90,7 +92,7 @@ class ShardDataModule(LightningDataModule):
         eval_views: ViewPolicy | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
-        num_workers: int = 4,
+        num_workers: Workers = 4,
         seed: int = 0,
         window_shards: int = 16,
         epoch_length: int | None = None,
@@ -123,7 +125,9 @@ class ShardDataModule(LightningDataModule):
         self.eval_views = eval_views or EvalViews(self.train_views[0].size)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers = num_workers
+        self._auto_workers = num_workers == "auto"
+        self._measured = False
+        self.num_workers = 0 if num_workers == "auto" else num_workers
         self.seed = seed
         self.window_shards = window_shards
         self.epoch_length = epoch_length
@@ -634,6 +638,19 @@ class ShardDataModule(LightningDataModule):
 
     # --- loaders ------------------------------------------------------------------------------
 
+    def _choose_workers(self, dataset: ShardDataset | SequentialShards) -> None:
+        """``num_workers: auto``, once, at the first loader."""
+        self._measured = True
+        if not isinstance(dataset, ShardDataset):
+            logger.info("num_workers=auto: a plain stream is not measured; no workers")
+            return
+        count = min(len(dataset), 64)
+        trainer = self.trainer
+        here = 1 if trainer is None else trainer.num_devices
+        on_cpu = trainer is None or trainer.strategy.root_device.type == "cpu"
+        seconds = measure_loading(lambda n: dataset[(0, n)], count)
+        self.num_workers = choose_workers(seconds, self.batch_size, usable_cores(), here, on_cpu)
+
     def _read_ready(self, opened: Opened) -> SampleReader:
         if self.in_memory_bytes is not None:
             opened.reader.preload(self.in_memory_bytes)
@@ -646,6 +663,8 @@ class ShardDataModule(LightningDataModule):
         train: bool = False,
         persistent: bool = True,
     ) -> ShardLoader:
+        if self._auto_workers and not self._measured:
+            self._choose_workers(dataset)
         workers = self.num_workers
         settings: dict[str, Any] = {
             "num_workers": workers,

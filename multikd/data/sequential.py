@@ -275,10 +275,10 @@ class SequentialShards(IterableDataset[Batch]):
         for row, sample in enumerate(rows):
             for view, policy in enumerate(self.policies):
                 drawn = policy.draw(
-                    DrawKey.live(self.seed, self.epoch, first + row, view), sample.image.size
+                    DrawKey.live(self.seed, self.epoch, first + row, view), sample.size
                 )
                 parameters[row, view, : len(drawn)] = drawn
-                views[view].append(policy.apply(sample.image, drawn))
+                views[view].append(policy.see(sample.pixels, drawn))
         count = len(rows)
         return Batch(
             views=[torch.stack(images) for images in views],

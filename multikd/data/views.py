@@ -9,7 +9,8 @@ back in later epochs, and teachers' features of them can be kept.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,22 @@ from torch import Tensor
 
 from multikd.data import colour, crops
 from multikd.data.counters import Stream, uniforms
-from multikd.data.crops import BOX_DRAWS, Range
+from multikd.data.crops import BOX_DRAWS, Pixels, Range
 
 Parameters = npt.NDArray[np.float32]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _BOX = ("top", "left", "height", "width")
+
+
+def takes_pixels(apply: Function) -> Function:
+    """Mark a policy's ``apply``: it also takes images as arrays, which are not made images then.
+
+    A policy that overrides ``apply`` without this mark is given PIL images, as ever.
+    """
+    apply.takes_pixels = True  # type: ignore[attr-defined]
+    return apply
 
 
 class DrawKey(NamedTuple):
@@ -95,6 +107,12 @@ class ViewPolicy(ABC):
     @abstractmethod
     def apply(self, image: Image.Image, parameters: Parameters) -> Tensor:
         """The view of an RGB image: uint8 ``(3, size, size)``. Pure."""
+
+    def see(self, pixels: Pixels, parameters: Parameters) -> Tensor:
+        """``apply`` for an image that was decoded to an array ``(H, W, 3)``."""
+        if getattr(type(self).apply, "takes_pixels", False):
+            return self.apply(pixels, parameters)  # type: ignore[arg-type]
+        return self.apply(Image.fromarray(pixels), parameters)
 
     def describe(self) -> dict[str, object]:
         """Class and settings, as JSON values: what a view's content depends on."""
@@ -197,23 +215,29 @@ class UnicViews(ViewPolicy):
             dtype=np.float32,
         )
 
-    def apply(self, image: Image.Image, parameters: Parameters) -> Tensor:
+    @takes_pixels
+    def apply(self, image: Image.Image | Pixels, parameters: Parameters) -> Tensor:
         """Crop, flip, jitter, grey, blur, solarize, in this order."""
         values: list[float] = parameters.tolist()
         flip, jitter, brightness, contrast, saturation, hue, order, grey, sigma, solar = values[4:]
-        view = crops.crop_resize(image, values[:4], self.size)
+        view = crops.crop_resize(crops.as_pixels(image), values[:4], self.size)
         if flip:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            view = view.flip(-1)
         if jitter:
-            view = colour.jitter(view, brightness, contrast, saturation, hue, int(order))
-        if grey:
+            view = colour.jitter(
+                view, brightness, contrast, saturation, hue, int(order), grey=bool(grey)
+            )
+        elif grey:
             view = colour.grey(view)
-        pixels = crops.to_tensor(view)
         if sigma:
-            pixels = colour.blur(pixels, sigma, self.blur_kernel)
+            view = colour.blur(view, sigma, self.blur_kernel)
         if solar:
-            pixels = colour.solarize(pixels, self.solarize_threshold)
-        return pixels
+            view = colour.solarize(view, self.solarize_threshold)
+        return view
+
+    def describe(self) -> dict[str, object]:
+        """See ``ViewPolicy``; also how colours are computed, which cached features depend on."""
+        return {**super().describe(), "colour": "one matrix"}
 
 
 class LightViews(ViewPolicy):
@@ -254,16 +278,15 @@ class LightViews(ViewPolicy):
             box = crops.crop_box(drawn, image_size, self.scale, self.ratio)
         return np.array((*box, drawn[-1] < self.flip), dtype=np.float32)
 
-    def apply(self, image: Image.Image, parameters: Parameters) -> Tensor:
+    @takes_pixels
+    def apply(self, image: Image.Image | Pixels, parameters: Parameters) -> Tensor:
         """Crop (or resize and centre crop), then flip."""
         values: list[float] = parameters.tolist()
         if self.scale is None:
-            view = crops.resize_centre(image, self.size, self.size)
+            view = crops.resize_centre(crops.as_image(image), self.size, self.size)
         else:
-            view = crops.crop_resize(image, values[:4], self.size)
-        if values[4]:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return crops.to_tensor(view)
+            view = crops.crop_resize(crops.as_pixels(image), values[:4], self.size)
+        return view.flip(-1) if values[4] else view
 
 
 class ShiftedViews(ViewPolicy):
@@ -322,15 +345,16 @@ class ShiftedViews(ViewPolicy):
         shift = [step * self.patch / self.size for step in steps]
         return np.array((*shift, *box, common[-1] < self.flip), dtype=np.float32)
 
-    def apply(self, image: Image.Image, parameters: Parameters) -> Tensor:
+    @takes_pixels
+    def apply(self, image: Image.Image | Pixels, parameters: Parameters) -> Tensor:
         """Crop with a margin of ``most`` patches, flip, and cut out the shifted view."""
         values: list[float] = parameters.tolist()
         margin = self.most * self.patch
-        view = crops.crop_resize(image, values[2:6], self.size + 2 * margin)
+        view = crops.crop_resize(crops.as_pixels(image), values[2:6], self.size + 2 * margin)
         if values[6]:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            view = view.flip(-1)
         top, left = (margin + round(shift * self.size) for shift in values[:2])
-        return crops.to_tensor(view.crop((left, top, left + self.size, top + self.size)))
+        return view[:, top : top + self.size, left : left + self.size].contiguous()
 
 
 class EvalViews(ViewPolicy):
@@ -353,9 +377,11 @@ class EvalViews(ViewPolicy):
         """Nothing is drawn: ``(0,)``."""
         return np.zeros(0, dtype=np.float32)
 
-    def apply(self, image: Image.Image, parameters: Parameters) -> Tensor:
+    @takes_pixels
+    def apply(self, image: Image.Image | Pixels, parameters: Parameters) -> Tensor:
         """Resize and centre crop."""
-        return crops.to_tensor(crops.resize_centre(image, self.resize or self.size, self.size))
+        image = crops.as_image(image)
+        return crops.resize_centre(image, self.resize or self.size, self.size)
 
 
 def _probability(name: str, value: float) -> float:

@@ -44,10 +44,11 @@ from multikd.modules.resuming import (
 from multikd.modules.sharding import shard_modules
 from multikd.modules.undo import StepUndo
 from multikd.normalizers import EMAStandardizers, FeatureNormalizer, NormalizerFactory
-from multikd.optim import WarmupCosine, parameter_groups, scale_learning_rate
+from multikd.optim import WarmupCosine, fuse, parameter_groups, scale_learning_rate
 from multikd.projectors import MLPProjectors, Projector, ProjectorFactory, TokenwiseProjector
 from multikd.students import StudentEncoder
 from multikd.teachers import Teacher, TeacherDict
+from multikd.teachers.resized import shared_sizes
 from multikd.types import TOKEN_TYPES, Batch, Grid, StudentOutput, TokenFeatures, TokenType, Widths
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class DistillationModule(pl.LightningModule):
         schedule: warm-up and cosine.
         ema_decay: keep an exponential moving average of the student; null for none.
         validate_losses: run the teachers in validation too, for their losses there.
-        compile_student: ``torch.compile`` student and ladder.
+        compile_student: ``torch.compile`` student, ladder and losses.
     """
 
     seed: Tensor
@@ -163,8 +164,8 @@ class DistillationModule(pl.LightningModule):
             for name, _ in [*self.teachers.named_parameters(), *self.teachers.named_buffers()]
         ]
         if compile_student:
-            self.student.compile()
-            self.ladder.compile()
+            for part in (self.student, self.ladder, *dict.fromkeys(self.losses.values())):
+                part.compile()
 
     def _losses(
         self, default: DistillationLoss, own: Mapping[str, DistillationLoss]
@@ -206,7 +207,8 @@ class DistillationModule(pl.LightningModule):
                     f"{', '.join(missing)}: delete its folder to compute it anew"
                 )
             return {name: batch.cached[name] for name in names}
-        return {name: self.run_teacher(name, images) for name in names}
+        with shared_sizes():
+            return {name: self.run_teacher(name, images) for name in names}
 
     def run_teacher(self, name: str, images: Tensor) -> TokenFeatures:
         """One teacher's features of float images in [0, 1], live; also what a cache stores."""
@@ -504,6 +506,8 @@ class DistillationModule(pl.LightningModule):
         groups = parameter_groups(trained)
         factory = self.optimizer_factory or default_optimizer
         optimizer = factory(groups)
+        if getattr(self.trainer, "scaler", None) is None:
+            fuse(optimizer)
         if self.average is not None:
             # Here, not in a hook after the batch: a checkpoint may be written between the two.
             optimizer.register_step_post_hook(self._move_average)

@@ -5,13 +5,20 @@ token types that its teacher has. The factories are typed objects, so that YAML 
 ``class_path`` and ``init_args``.
 """
 
-from multikd.projectors.base import Projector, ProjectorFactory, TokenwiseProjector, linear
+from multikd.projectors.base import (
+    Projector,
+    ProjectorFactory,
+    TokenwiseProjector,
+    linear,
+    summary_of,
+)
 from multikd.projectors.convolution import ConvProjector, ConvProjectors, ConvStage
 from multikd.projectors.mlp import (
     LinearProjectors,
     MLPProjectors,
     Residual,
     ResidualMLPProjectors,
+    mlp_weights,
 )
 from multikd.projectors.transformer import TransformerProjector, TransformerProjectors
 
@@ -29,4 +36,6 @@ __all__ = [
     "TransformerProjector",
     "TransformerProjectors",
     "linear",
+    "mlp_weights",
+    "summary_of",
 ]

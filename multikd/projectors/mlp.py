@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from multikd.projectors.base import (
@@ -13,7 +14,7 @@ from multikd.projectors.base import (
     linear,
     width_pairs,
 )
-from multikd.types import Widths
+from multikd.types import TOKEN_TYPES, TokenType, Widths
 
 
 @dataclass
@@ -112,3 +113,44 @@ class ResidualMLPProjectors(ProjectorFactory):
             None if summary is None else mlp(*summary, self.hidden),
             None if patches is None else mlp(*patches, of_patches),
         )
+
+
+def mlp_weights(
+    projector: nn.Module,
+) -> dict[TokenType, tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+    """Weights (w1, b1, w2, b2) of each token type of a projector that is UNIC's and nothing else.
+
+    None for other kinds, and where hooks, parametrisations, sharding (FSDP) or quantisation stand
+    between the weights and what a call computes.
+    """
+    if type(projector) is not TokenwiseProjector or _watched(projector):
+        return None
+    found: dict[TokenType, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+    for token in TOKEN_TYPES:
+        network = getattr(projector, token)
+        if network is None:
+            continue
+        if type(network) is not nn.Sequential or len(network) != 3 or _watched(network):
+            return None
+        first, activation, second = network
+        if any(_watched(layer) for layer in network) or type(activation) is not nn.GELU:
+            return None
+        # A subclass (sharded, parametrised, quantised) computes something else.
+        if type(first) is not nn.Linear or type(second) is not nn.Linear:
+            return None
+        if activation.approximate != "none" or first.bias is None or second.bias is None:
+            return None
+        weights = (first.weight, first.bias, second.weight, second.bias)
+        if any(type(w) not in (nn.Parameter, torch.Tensor) for w in weights):
+            return None
+        found[token] = weights
+    return found or None
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

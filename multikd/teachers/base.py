@@ -15,13 +15,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from multikd.functional import without_autocast
 from multikd.teachers.encoder import ImageEncoder
 from multikd.teachers.fingerprint import weight_digest
 from multikd.teachers.folding import fold_batch_norms
 from multikd.teachers.mosaic import compose, decompose
 from multikd.teachers.registry import load_encoder
+from multikd.teachers.resized import resized
 from multikd.types import Encoder, EncoderSpec, Grid, TokenFeatures, Widths
 
 ResizePolicy = Literal["own", "grid", "none"]
@@ -48,6 +49,7 @@ class Teacher(nn.Module):
             its patches are cut apart again; there is no summary then. For teachers that take large
             images only (SAM), at 1/k² of the cost.
         fold: fold batch norms into convolutions; None does so for the encoders of this package.
+        compile: ``torch.compile`` the encoder; the first batch of each size then takes a minute.
 
     Raises:
         ValueError: the encoder can't be built, or settings exclude one another.
@@ -66,6 +68,7 @@ class Teacher(nn.Module):
         channels_last: bool | None = None,
         fold: bool | None = None,
         mosaic: int = 1,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if resize not in ("own", "grid", "none"):
@@ -123,6 +126,8 @@ class Teacher(nn.Module):
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
         self._place(lambda tensor: tensor)
+        if compile:
+            module.compile()
         self.training = False
 
     # ------------------------------------------------------------------ what it is
@@ -251,14 +256,9 @@ class Teacher(nn.Module):
         dtype = self._dtype_on(device)
         # Of our encoders the weights are cast; a user's module is run under autocast instead.
         mixed = not own and dtype != torch.float32
-        with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
-            pixels = images.float()
+        with torch.autocast(device.type, dtype=dtype) if mixed else without_autocast(device):
             size = self.input_size((images.shape[2], images.shape[3]), student_patch)
-            if size != (images.shape[2], images.shape[3]):
-                # Bicubic weights overshoot; an 8-bit image, which it was trained on, cannot.
-                pixels = functional.interpolate(
-                    pixels, size, mode="bicubic", antialias=True, align_corners=False
-                ).clamp_(0.0, 1.0)
+            pixels = resized(images, size).float()
             count = len(pixels)
             if self.mosaic > 1:
                 pixels = compose(pixels, self.mosaic)

@@ -16,6 +16,7 @@ from multikd.data.decode import (
     SampleFault,
     decode_image,
     decode_label,
+    decode_pixels,
     decode_with_format,
     find_image,
     read_header,
@@ -259,3 +260,28 @@ def test_bad_labels(members: dict[str, bytes]) -> None:
     with pytest.raises(SampleFault) as caught:
         decode_label(members)
     assert caught.value.cause == "bad label"
+
+
+def test_pixels_are_those_of_pillow_whatever_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With simplejpeg and without: upright, turned, grey, CMYK and damaged JPEGs, and a PNG."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (31, 45, 3), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = [
+        encoded(photo, "JPEG"),
+        encoded(photo.convert("L"), "JPEG"),
+        encoded(photo.convert("CMYK"), "JPEG"),
+        encoded(photo, "JPEG", exif=turned),
+        encoded(photo, "PNG"),
+    ]
+    for library in (True, False):
+        if not library:
+            monkeypatch.setattr("multikd.data.decode._simplejpeg", lambda: None)
+        for data in files:
+            pixels = decode_pixels(data)
+            assert pixels.dtype == np.uint8
+            np.testing.assert_array_equal(pixels, np.asarray(decode_image(data)))
+        with pytest.raises(SampleFault, match="truncated"):
+            decode_pixels(files[0][: len(files[0]) // 2])
+        with pytest.raises(SampleFault, match="too large"):
+            decode_pixels(files[0], max_pixels=100)

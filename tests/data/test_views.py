@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
 from multikd.data import colour
@@ -97,7 +95,9 @@ def test_crop_and_flip_equal_torchvision() -> None:
         if drawn[4]:
             reference, exact = v2.horizontal_flip(reference), v2.horizontal_flip(exact)
         view = policy.apply(image, drawn)
-        assert levels(view, reference) == 0
+        # Two 8-bit implementations; on noise, one value in ten thousand is 3 levels off.
+        assert levels(view, reference) <= 3
+        assert ((view.int() - reference.int()).abs() > 2).double().mean() < 2e-4
         # Against exact arithmetic: 8-bit rounding (and clipping) between PIL's two passes remains.
         off = (view.double() - exact.clamp(0, 255)).abs()
         assert off.mean() < 0.5
@@ -125,37 +125,76 @@ def test_single_operations_equal_torchvision() -> None:
         drawn = whole(policy, blur=sigma)
         reference = v2.gaussian_blur(pixels, [9, 9], [float(drawn[-2])] * 2)
         assert levels(policy.apply(image, drawn), reference) <= 1
-    for name, factor in (
-        ("brightness", 1.3),
-        ("contrast", 0.7),
-        ("saturation", 1.2),
-        ("hue", 0.08),
-    ):
+    for name, factor in (("brightness", 1.3), ("contrast", 0.7), ("saturation", 1.2)):
         view = policy.apply(image, whole(policy, jitter=1, **{name: factor}))
-        # The other operations run with factor 1 (the identity); hue runs last, turned by 0, which
-        # is not: PIL passes through an 8-bit HSV image.
-        expected = getattr(tvf, f"adjust_{name}")(image, float(np.float32(factor)))
-        if name != "hue":
-            expected = tvf.adjust_hue(expected, 0.0)
-        assert torch.equal(view, tvf.pil_to_tensor(expected)), name
-        tensors = getattr(v2, f"adjust_{name}")(pixels, factor)  # no 8-bit HSV there
-        assert (view.double() - tensors.double()).abs().mean() < 2, name
+        expected = tvf.pil_to_tensor(getattr(tvf, f"adjust_{name}")(image, factor))
+        assert levels(view, expected) <= 1, name
         assert (view.double() - pixels.double()).abs().mean() > 4, name
 
 
-def test_jitter_order_is_that_of_the_parameters() -> None:
-    image = photo(32, 32)
-    operations = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue]
-    factors = [1.4, 0.6, 1.2, 0.1]
+def test_hue_turns_the_way_of_torchvision_and_as_far() -> None:
+    """A turn about the grey axis is no shift in HSV, but like it."""
+    image, policy = photo(64, 64), UnicViews(64)
+    pixels = tvf.pil_to_tensor(image).double()
+    for turn in (0.1, 0.05, -0.1):
+        ours = policy.apply(image, whole(policy, jitter=1, hue=turn)).double() - pixels
+        theirs = tvf.pil_to_tensor(tvf.adjust_hue(image, turn)).double() - pixels
+        likeness = (ours * theirs).sum() / (ours.norm() * theirs.norm())
+        assert likeness > 0.75
+        assert 0.7 < ours.norm() / theirs.norm() < 1.3
+    neutral = policy.apply(image, whole(policy, jitter=1)).double()
+    assert torch.equal(neutral, pixels)
+
+
+def test_jitter_is_the_four_operations_in_the_order_of_the_parameters() -> None:
+    """Against torchvision's operations one after another in float64, never clipped."""
+    rng = np.random.default_rng(1)
+    view = torch.from_numpy(rng.integers(90, 160, (3, 24, 24), dtype=np.uint8))
+    brightness, contrast, saturation = 1.1, 0.8, 1.15
     results = set()
-    for row, order in enumerate(itertools.permutations(range(4))):
-        expected = image
+    for row, order in enumerate(colour.JITTER_ORDERS):
+        expected = view.double()
         for number in order:
-            expected = operations[number](expected, factors[number])
-        jittered = colour.jitter(image, *factors, row)
-        assert jittered.tobytes() == expected.tobytes()
-        results.add(jittered.tobytes())
-    assert len(results) > 12
+            grey = (expected * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0)
+            if number == 0:
+                expected = brightness * expected
+            elif number == 1:
+                expected = contrast * expected + (1 - contrast) * grey.mean()
+            elif number == 2:
+                expected = saturation * expected + (1 - saturation) * grey
+        jittered = colour.jitter(view, brightness, contrast, saturation, 0.0, row)
+        assert (jittered.double() - expected).abs().max() < 0.51
+        turned = colour.jitter(view, brightness, contrast, saturation, 0.1, row)
+        results.add(turned.numpy().tobytes())
+        grey_too = colour.jitter(view, brightness, contrast, saturation, 0.1, row, grey=True)
+        assert levels(grey_too, colour.grey(turned)) <= 1
+    assert len(results) > 3
+
+
+def test_colours_have_the_distribution_of_torchvisions_colour_jitter() -> None:
+    """Mean and deviation of each channel over many draws, and how both vary."""
+    image = photo(48, 48)
+    pixels = tvf.pil_to_tensor(image)
+    policy = UnicViews(48, jitter=1.0, grey=0.0, blur=0.0, solarize=0.0)
+    reference = ColorJitter(0.4, 0.4, 0.2, 0.1)
+    torch.manual_seed(0)
+    ours, theirs = [], []
+    for position in range(600):
+        drawn = policy.draw(DrawKey.live(0, 0, position, 0), image.size)
+        drawn[:4] = (0, 0, 1, 1)
+        drawn[4] = 0
+        for kept, view in (
+            (ours, policy.apply(image, drawn)),
+            (theirs, tvf.pil_to_tensor(reference(image))),
+        ):
+            values = view.double().flatten(1)
+            kept.append(torch.cat([values.mean(1), values.std(1)]))
+    a, b = torch.stack(ours), torch.stack(theirs)
+    spread = b.std(0)
+    # Three standard errors of the difference of two means, and a grey level for the turn.
+    assert ((a.mean(0) - b.mean(0)).abs() < 3 * spread * (2 / 600) ** 0.5 + 1.5).all()
+    assert ((a.std(0) / spread - 1).abs() < 0.2).all()
+    assert (a.mean(0) - pixels.double().flatten(1).mean(1).repeat(2)).abs().max() > 0.2
 
 
 @pytest.mark.parametrize("size", [(120, 90), (90, 121), (64, 64), (28, 28), (300, 31)])
@@ -192,6 +231,22 @@ def test_recorded_numbers_cover_all_views_over_consecutive_epochs() -> None:
             assert sorted(numbers) == [0, 1, 2, 3]
     spread = np.bincount([recorded_number(0, sample, 4) for sample in range(4000)])
     assert spread.min() > 800
+
+
+def test_arrays_and_images_give_one_view_and_a_policy_of_ones_own_gets_images() -> None:
+    image = photo()
+    seen: list[object] = []
+
+    class Own(LightViews):
+        def apply(self, image: Image.Image, parameters: np.ndarray) -> torch.Tensor:  # type: ignore[override]
+            seen.append(image)
+            return super().apply(image, parameters)
+
+    for policy in (UnicViews(32), LightViews(32), LightViews(32, scale=None), EvalViews(32)):
+        drawn = policy.draw(DrawKey.live(0, 0, 5, 0), image.size)
+        assert torch.equal(policy.see(np.array(image), drawn), policy.apply(image, drawn))
+    Own(32).see(np.array(image), Own(32).draw(DrawKey.live(0, 0, 5, 0), image.size))
+    assert isinstance(seen[0], Image.Image)
 
 
 def test_settings_are_described_and_checked() -> None:

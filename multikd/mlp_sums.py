@@ -1,0 +1,258 @@
+"""Sums of two-layer MLPs over several inputs, for several outputs at once: the ladder's arithmetic.
+
+``y_t = Σ_r W2_{t,r} · gelu(W1_{t,r} x_r + b1_{t,r}) + b2_{t,r}``. The sum over inputs of second
+layers is one matrix product over the concatenated hidden units (UNIC, arXiv 2408.05088: METHODS,
+section 1). Shapes: T outputs, R inputs, M = B·N rows, D_r, H_{t,r} hidden, D_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multikd.functional import autocast_dtype, full_precision, without_autocast
+
+# Hidden units of one output worked on at a time: enough for products at full speed, and so few
+# that a batch of them stays in a CPU's cache and what is kept is freed bit by bit.
+_CHUNK = 2048
+
+
+class MLP(NamedTuple):
+    """Weights of one MLP: ``w1 (H, D)``, ``b1 (H,)``, ``w2 (D_t, H)``, ``b2 (D_t,)``."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+
+def mlp_sums(
+    inputs: Sequence[Tensor], outputs: Sequence[Sequence[MLP]], skip_unused: bool | None = None
+) -> list[Tensor]:
+    """Each output's sum over inputs of MLPs, with an exact GELU.
+
+    Lean in memory: kept for the backward pass are the inputs (once for all outputs) and the hidden
+    units before the GELU, which is computed again. Of an output's rows
+    whose gradient is zero throughout an image, nothing is computed in the backward pass:
+    dropped (image, teacher) pairs cost a forward pass only, and a NaN in them reaches no gradient.
+    Differentiable once. Under ``torch.compile`` the same sums are plain operations.
+
+    Args:
+        inputs: R tensors ``(B, D_r)`` or ``(B, N, D_r)``, of one B and N.
+        outputs: T lists of R MLPs.
+        skip_unused: leave unused images out of the backward pass; finding them makes an
+            accelerator wait for its queue. None: on CPUs.
+
+    Returns:
+        T tensors ``(B, D_t)`` or ``(B, N, D_t)``: of one input in the dtype of autocast, or of the
+        weights; of several in float32, since half precisions would lose digits in the sum (float64
+        stays).
+
+    Raises:
+        ValueError: no output, or one without an MLP for every input.
+    """
+    if not outputs or any(len(mlps) != len(inputs) for mlps in outputs):
+        raise ValueError(
+            f"each output needs an MLP for each of {len(inputs)} inputs, received "
+            f"{[len(mlps) for mlps in outputs]}"
+        )
+    device = inputs[0].device
+    dtype = autocast_dtype(device) or outputs[0][0].w1.dtype
+    if torch.compiler.is_compiling():
+        results = _plain(inputs, outputs, dtype)
+        return [full_precision(y) for y in results] if len(inputs) > 1 else results
+    skip = device.type == "cpu" if skip_unused is None else skip_unused
+    totals: list[Tensor] = []
+    for start, end in _chunks(outputs):
+        flat = [tensor for mlps in outputs for mlp in mlps[start:end] for tensor in mlp]
+        parts = _MLPSums.apply(end - start, dtype, skip, *inputs[start:end], *flat)
+        if len(inputs) > 1:
+            parts = [full_precision(part) for part in parts]
+        totals = [a + b for a, b in zip(totals, parts, strict=True)] if totals else list(parts)
+    return totals
+
+
+def _chunks(outputs: Sequence[Sequence[MLP]]) -> list[tuple[int, int]]:
+    """Runs of inputs whose hidden units of one output stay below ``_CHUNK``, if there are two."""
+    widths = [max(output[r].w1.shape[0] for output in outputs) for r in range(len(outputs[0]))]
+    starts, units = [0], 0
+    for r, width in enumerate(widths):
+        if units and units + width > _CHUNK:
+            starts.append(r)
+            units = 0
+        units += width
+    return list(pairwise([*starts, len(widths)]))
+
+
+def _plain(
+    inputs: Sequence[Tensor], outputs: Sequence[Sequence[MLP]], dtype: torch.dtype
+) -> list[Tensor]:
+    """The same with autograd's own operations: the first layers of an input in one product."""
+    hidden: list[list[Tensor]] = [[] for _ in outputs]
+    for r, x in enumerate(inputs):
+        mlps = [output[r] for output in outputs]
+        first = F.linear(
+            x.to(dtype),
+            torch.cat([mlp.w1 for mlp in mlps]).to(dtype),
+            torch.cat([mlp.b1 for mlp in mlps]).to(dtype),
+        )
+        for t, part in enumerate(torch.split(first, [mlp.w1.shape[0] for mlp in mlps], dim=-1)):
+            hidden[t].append(F.gelu(part))
+    return [
+        F.linear(
+            torch.cat(units, dim=-1),
+            torch.cat([mlp.w2 for mlp in mlps], dim=1).to(dtype),
+            torch.stack([mlp.b2 for mlp in mlps]).sum(0).to(dtype),
+        )
+        for units, mlps in zip(hidden, outputs, strict=True)
+    ]
+
+
+class _MLPSums(torch.autograd.Function):
+    """See ``mlp_sums``. Hidden units lie side by side, ``(M, Σ_r H_{t,r})`` for each output t."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, count: int, dtype: torch.dtype, skip: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs, mlps = tensors[:count], _grouped(tensors[count:], count)
+        shape = inputs[0].shape[:-1]
+        with without_autocast(inputs[0].device):
+            rows = [x.reshape(-1, x.shape[-1]).to(dtype) for x in inputs]
+            hidden, results = [], []
+            for own in mlps:
+                units = _hidden(rows, own, dtype)
+                hidden.append(units)
+                w2 = _side_by_side([mlp.w2 for mlp in own], dtype)
+                b2 = torch.stack([mlp.b2 for mlp in own]).sum(0).to(dtype)
+                result = torch.addmm(b2, F.gelu(units), w2.t())
+                results.append(result.view(*shape, -1))
+        ctx.save_for_backward(*rows, *hidden, *tensors[count:])
+        ctx.facts = (count, dtype, skip, shape, [x.dtype for x in inputs])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        count, dtype, skip, shape, dtypes = ctx.facts
+        saved = ctx.saved_tensors
+        rows, hidden = saved[:count], saved[count : count + len(gradients)]
+        mlps = _grouped(saved[count + len(gradients) :], count)
+        wanted = ctx.needs_input_grad[3 : 3 + count]
+        several = len(gradients) > 1
+        to_inputs: list[Tensor | None] = [None] * count
+        to_weights: list[Tensor | None] = []
+        with without_autocast(rows[0].device):
+            for gradient, units, own in zip(gradients, hidden, mlps, strict=True):
+                if gradient is None:
+                    to_weights += [None] * (4 * count)
+                    continue
+                chosen = _used(gradient) if skip else None
+                weights, toward = _backward_of(gradient, units, rows, own, chosen, dtype, wanted)
+                to_weights += weights
+                for r, change in enumerate(toward):
+                    if change is None:
+                        continue
+                    total = to_inputs[r]
+                    if total is None:
+                        if chosen is None:
+                            to_inputs[r] = (
+                                change.float() if several and dtype.itemsize < 4 else change
+                            )
+                            continue
+                        wide = torch.float32 if dtype.itemsize < 4 else dtype
+                        total = torch.zeros(rows[r].shape, dtype=wide, device=change.device)
+                        to_inputs[r] = total
+                    if chosen is None:
+                        total += change
+                    else:
+                        images = total.view(shape[0], -1)
+                        change = change.view(len(chosen), images.shape[1])
+                        images.index_add_(0, chosen, change.to(total.dtype))
+            shaped = [
+                None if g is None else g.view(*shape, -1).to(kind)
+                for g, kind in zip(to_inputs, dtypes, strict=True)
+            ]
+        return (None, None, None, *shaped, *to_weights)
+
+
+def _backward_of(
+    gradient: Tensor,
+    units: Tensor,
+    rows: Sequence[Tensor],
+    mlps: Sequence[MLP],
+    chosen: Tensor | None,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """One output's gradients: of its weights (four a MLP), and of the chosen rows of each input."""
+    images = gradient.shape[0]
+    width = gradient.shape[-1]
+
+    def of(tensor: Tensor) -> Tensor:
+        if chosen is None:
+            return tensor
+        return tensor.view(images, -1).index_select(0, chosen).view(-1, tensor.shape[-1])
+
+    g, units = of(gradient.reshape(-1, width)).to(dtype), of(units)
+    to_w2 = g.t() @ F.gelu(units)
+    to_b2 = g.sum(0)  # accumulated in float32, whatever the dtype
+    toward_hidden = g @ _side_by_side([mlp.w2 for mlp in mlps], dtype)
+    torch.ops.aten.gelu_backward.grad_input(toward_hidden, units, grad_input=toward_hidden)
+    to_b1 = toward_hidden.sum(0)
+    to_weights: list[Tensor | None] = []
+    toward: list[Tensor | None] = []
+    ends = _ends(mlps)
+    for (start, end), x, mlp, wants in zip(pairwise(ends), rows, mlps, wanted, strict=True):
+        part = toward_hidden[:, start:end]
+        to_weights += [
+            (part.t() @ of(x)).to(mlp.w1.dtype),
+            to_b1[start:end].to(mlp.b1.dtype, copy=True),
+            to_w2[:, start:end].to(mlp.w2.dtype, copy=True, memory_format=torch.contiguous_format),
+            to_b2.to(mlp.b2.dtype, copy=True),
+        ]
+        toward.append(part @ mlp.w1.to(dtype) if wants else None)
+    return to_weights, toward
+
+
+def _hidden(rows: Sequence[Tensor], mlps: Sequence[MLP], dtype: torch.dtype) -> Tensor:
+    """First layers of one output, side by side: ``(M, Σ H)``."""
+    ends = _ends(mlps)
+    units = rows[0].new_empty((rows[0].shape[0], ends[-1]))
+    for (start, end), x, mlp in zip(pairwise(ends), rows, mlps, strict=True):
+        torch.addmm(mlp.b1.to(dtype), x, mlp.w1.to(dtype).t(), out=units[:, start:end])
+    return units
+
+
+def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Second layers of one output: ``(D_t, Σ H)``, written in their final dtype at once."""
+    joined = weights[0].new_empty(
+        (weights[0].shape[0], sum(w.shape[1] for w in weights)), dtype=dtype
+    )
+    torch.cat([w.to(dtype) for w in weights], dim=1, out=joined)
+    return joined
+
+
+def _used(gradient: Tensor) -> Tensor | None:
+    """Indices of the images whose gradient is not zero throughout; None for all."""
+    used = gradient.flatten(1).any(1)
+    chosen = used.nonzero().squeeze(1)
+    return None if len(chosen) == len(used) else chosen
+
+
+def _grouped(flat: Sequence[Tensor], count: int) -> list[list[MLP]]:
+    mlps = [MLP(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+    return [mlps[i : i + count] for i in range(0, len(mlps), count)]
+
+
+def _ends(mlps: Sequence[MLP]) -> list[int]:
+    ends = [0]
+    for mlp in mlps:
+        ends.append(ends[-1] + mlp.w1.shape[0])
+    return ends

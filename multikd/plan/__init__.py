@@ -1,0 +1,1 @@
+"""What a run will cost, from shapes alone: parameters, memory, FLOP, and predicted speed."""
