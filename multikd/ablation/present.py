@@ -122,7 +122,8 @@ def worth_table(
     board: Mapping[str, Any], setting: Mapping[str, Any]
 ) -> tuple[str, list[str], list[list[str]]] | None:
     """Teachers × measures: what each adds, with its interval."""
-    measures = [m for m in (RETENTION, *columns_of(board)) if m in setting["measures"]]
+    told = setting["measures"]
+    measures = [m for m in (RETENTION, *columns_of(board)) if told.get(m, {}).get("values")]
     if not measures:
         return None
     method = setting["measures"][measures[0]]["method"]

@@ -81,7 +81,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     }  # fmt: skip
     tasks = {
         "data": {"drawn": {"train": str(root / "train"), "test": str(root / "test"), "size": 32}},
-        "tasks": {"knn": {"protocol": "KNN", "data": "drawn", "ks": [3]}},
+        # The second is finer than the share of so few images.
+        "tasks": {
+            "knn": {"protocol": "KNN", "data": "drawn", "ks": [3]},
+            "map": {"protocol": "Retrieval", "data": "drawn"},
+        },
     }
     study = {"base": str(root / "base.yaml"), "tasks": str(root / "tasks.yaml"), "seeds": [0, 1],
              "cache": {"dtype": "float32"}, "diagnose": 2}  # fmt: skip

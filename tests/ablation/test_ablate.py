@@ -77,6 +77,7 @@ def test_a_study_trains_scores_ranks_and_goes_on(
     assert [row["rank"] for row in board["rows"] if row["teachers"]] == [1, 2, 3]
     assert board["progress"]["done"] == 4
     assert board["progress"]["failed"] == {}
+    assert len({row["scores"]["map"]["mean"] for row in board["rows"]}) == 4
     for measure in ("knn", "retention"):
         found = board["worth"][0]["measures"][measure]
         gain = found["full"] - found["empty"]
@@ -109,7 +110,7 @@ def test_a_study_trains_scores_ranks_and_goes_on(
         f"student={run / 'checkpoints' / 'last.ckpt'}", str(place.root / "tasks.yaml"), (),
         tmp_path / "e", False,
     )["student"]  # fmt: skip
-    assert scores["knn"]["value"] == result["scores"]["knn"]["value"]
+    assert scores["map"]["value"] == result["scores"]["map"]["value"]
 
 
 def _work_in_child(out: Path) -> None:
