@@ -1,9 +1,8 @@
 """The cost model of a step: FLOP, bytes and links → seconds.
 
 ``t = a·F_teachers/peak + b·F_training/peak + c·P/memory + d``, F of the batch, P the trained
-parameters. On the two-core machine of the benchmarks a, b, c and d are fitted by
-``tools/bench/scaling.py`` (d is what a step costs whatever is in it) and are checked there against
-settings that were left out. For GPUs a and b are assumptions, and so are the predictions.
+parameters; d is what a step costs whatever is in it. For GPUs a and b are assumptions, and so are
+the predictions; ``fitted`` takes them from measured steps instead.
 """
 
 from __future__ import annotations
