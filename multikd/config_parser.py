@@ -10,7 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -95,9 +95,21 @@ def _refuse_null(class_type: Callable[..., Any], settings: dict[str, Any]) -> No
     except (NameError, TypeError, AttributeError):  # a name that only a type checker knows
         return
     for setting, value in settings.items():
-        if value is None and hints.get(setting) in (int, float, bool, str):
-            kind = hints[setting].__name__
+        if value is None and (kind := _plain(hints.get(setting))):
             raise ValueError(f"{setting} is null, expected a value of type {kind}: leave it out")
+
+
+def _plain(hint: Any) -> str:
+    """``int``, ``int or 'auto'``: a hint of plain values alone, in words; else nothing."""
+    if hint in (int, float, bool, str):
+        return str(hint.__name__)
+    if typing.get_origin(hint) is Literal:
+        values = typing.get_args(hint)
+        return "" if None in values else " or ".join(map(repr, values))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        parts = [_plain(part) for part in typing.get_args(hint)]
+        return " or ".join(parts) if all(parts) else ""
+    return ""
 
 
 class ConfigParser(LightningArgumentParser):

@@ -260,6 +260,7 @@ def test_unic_has_the_published_numbers() -> None:
         "blur_kernel": 9,
         "blur_sigma": [0.1, 5.0],
         "solarize_threshold": 128,
+        "colour": "one matrix",
     }
 
 

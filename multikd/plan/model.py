@@ -2,7 +2,7 @@
 
 ``t = a·F_teachers/peak + b·F_training/peak + c·P/memory + d``, F of the batch, P the trained
 parameters; d is what a step costs whatever is in it. For GPUs a and b are assumptions, and so are
-the predictions; ``fitted`` takes them from measured steps instead.
+the predictions; ``fit_coefficients`` takes them from measured steps instead.
 """
 
 from __future__ import annotations
