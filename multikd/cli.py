@@ -600,7 +600,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     take_over_lightning()
     text, figures = run_plan(
         [f"--config={arguments.config}", *arguments.settings],
-        gpus=[name.strip() for name in arguments.gpus.split(",") if name.strip()],
+        gpus=_names(arguments.gpus),
         images=arguments.images,
     )
     return _finish(text, figures, arguments.json)
@@ -688,14 +688,24 @@ def _teachers_inspect(arguments: argparse.Namespace) -> int:
     return _finish(text, figures, arguments.json)
 
 
+def _needs_run(arguments: argparse.Namespace, command: str, done: str) -> None:
+    """Refuse a command about a run's teachers that names no run."""
+    if not arguments.settings:
+        raise ValueError(
+            f"{command} needs the run whose teachers are {done}: --config NAME_OR_FILE "
+            "(and --data.train=SHARDS)"
+        )
+
+
+def _names(text: str) -> list[str]:
+    """``a, b`` → a and b."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _cache(arguments: argparse.Namespace) -> int:
     from multikd.cache_command import run_cache
 
-    if not arguments.settings:
-        raise ValueError(
-            "cache needs the run whose teachers are to be kept: --config NAME_OR_FILE "
-            "(and --data.train=SHARDS)"
-        )
+    _needs_run(arguments, "cache", "to be kept")
     take_over_lightning()
     settings = list(arguments.settings)
     if arguments.storage is not None:
@@ -743,11 +753,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _teachers_compare(arguments: argparse.Namespace) -> int:
     from multikd.ablation.compare import run_compare
 
-    if not arguments.settings:
-        raise ValueError(
-            "teachers compare needs the run whose teachers are compared: --config NAME_OR_FILE "
-            "(and --data.train=SHARDS)"
-        )
+    _needs_run(arguments, "teachers compare", "compared")
     take_over_lightning()
     text, figures = run_compare(
         arguments.settings, arguments.images, arguments.out, arguments.least
@@ -777,13 +783,9 @@ def _ablate(arguments: argparse.Namespace) -> int:
 def _teachers_stats(arguments: argparse.Namespace) -> int:
     from multikd.teacher_statistics import run_stats
 
-    if not arguments.settings:
-        raise ValueError(
-            "teachers stats needs the run whose teachers are measured: --config NAME_OR_FILE "
-            "(and --data.train=SHARDS)"
-        )
+    _needs_run(arguments, "teachers stats", "measured")
     take_over_lightning()
-    names = [name.strip() for name in arguments.teachers.split(",") if name.strip()]
+    names = _names(arguments.teachers)
     text, figures = run_stats(
         arguments.settings, arguments.out, arguments.images, names, arguments.overwrite
     )

@@ -75,14 +75,7 @@ def find_tasks(name: str) -> Path:
     Raises:
         ValueError: neither a file nor a shipped name; the nearest names are offered.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    tasks = shipped_tasks()
-    stem = _stem(name).removeprefix(f"{TASK_FOLDER}/")
-    if stem in tasks:
-        return tasks[stem]
-    raise unknown_name("task file", name, tasks, "(or give the path of a YAML file)")
+    return _find_in(TASK_FOLDER, "task file", name, shipped_tasks())
 
 
 def find_study(name: str) -> Path:
@@ -91,14 +84,17 @@ def find_study(name: str) -> Path:
     Raises:
         ValueError: neither a file nor a shipped name; the nearest names are offered.
     """
+    return _find_in(STUDY_FOLDER, "study", name, shipped_studies())
+
+
+def _find_in(folder: str, what: str, name: str, shipped: dict[str, Path]) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    studies = shipped_studies()
-    stem = _stem(name).removeprefix(f"{STUDY_FOLDER}/")
-    if stem in studies:
-        return studies[stem]
-    raise unknown_name("study", name, studies, "(or give the path of a YAML file)")
+    stem = _stem(name).removeprefix(f"{folder}/")
+    if stem in shipped:
+        return shipped[stem]
+    raise unknown_name(what, name, shipped, "(or give the path of a YAML file)")
 
 
 def find_fragment(name: str, beside: Path | None = None) -> Path | None:
