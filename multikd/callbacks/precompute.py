@@ -53,7 +53,7 @@ class PrecomputeFeatures(pl.Callback):
                 "PrecomputeFeatures needs a folder for the features: set data.init_args.cache"
             )
         fingerprints = fingerprints_of(pl_module)
-        complete = data.cache_complete(fingerprints, verify=True)
+        complete = data.cache_complete(fingerprints)
         barrier()  # every rank has looked before any of them writes
         if complete:
             log.info("teachers' features: complete in %s, no teacher runs", data.cache)
@@ -89,8 +89,9 @@ def fill_cache(
         with all_or_none():
             if (trainer.global_rank == 0) is first:
                 writer = open_writer(module, data, fingerprints, device)
-                if first:
-                    writer.mend()
+    with all_or_none():
+        if writer is not None:
+            writer.mend(rank=trainer.global_rank, world=trainer.world_size)
     with all_or_none():
         loader = data.precompute_dataloader(trainer.global_rank, trainer.world_size)
     shown = progress and trainer.global_rank == 0

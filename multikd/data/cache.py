@@ -107,19 +107,39 @@ class FeatureCache:
             lacking |= np.asarray(self._map(name, "done")) == 0
         return np.flatnonzero(lacking).astype(np.int64)
 
-    def damaged_chunks(self, names: Sequence[str]) -> dict[str, list[int]]:
-        """Chunks of each teacher whose checksum does not fit; reads everything."""
+    def whole(self, names: Sequence[str]) -> bool:
+        """Whether every file has its size and every row is recorded as done.
+
+        Raises:
+            ValueError: a file is not there, or was cut off.
+        """
+        for name in names:
+            for what in (*self.records[name].tokens, "sums"):
+                self._map(name, what)
+        return not len(self.missing(names))
+
+    def damaged_chunks(
+        self, names: Sequence[str], rank: int = 0, world: int = 1
+    ) -> dict[str, list[int]]:
+        """Chunks of each teacher whose checksum does not fit; reads everything.
+
+        Of several ranks each looks at every ``world``-th chunk.
+        """
         found = {}
         for name in names:
             sums = self._map(name, "sums")
             wrong = [
                 int(chunk)
-                for chunk in np.flatnonzero(sums[:, 0])
+                for chunk in np.flatnonzero(sums[:, 0])[rank::world]
                 if self._digest(name, int(chunk)) != bytes(sums[chunk, 1:])
             ]
             if wrong:
                 found[name] = wrong
         return found
+
+    def _span(self, name: str, chunk: int) -> tuple[int, int]:
+        first, end = self.rows_in(name, chunk)
+        return first, end - 1
 
     def rows_in(self, name: str, chunk: int) -> tuple[int, int]:
         """First row of a chunk and the one after its last."""
@@ -170,12 +190,33 @@ class FeatureCache:
                 continue
             if self._digest(name, chunk) != bytes(sums[chunk, 1:]):
                 first, end = self.rows_in(name, chunk)
+                again = (
+                    "they are marked as missing, and the same command with --resume auto (or "
+                    "`multikd cache`) computes them again"
+                    if self._mark_missing(name, chunk)
+                    else "`multikd cache` computes them again"
+                )
                 raise ValueError(
                     f"rows {first} to {end - 1} of teacher {name!r} in the feature cache "
                     f"{self.folder} do not fit their checksum (chunk {chunk}): they were changed "
-                    "or cut off on disk; `multikd cache` computes them again"
+                    f"or cut off on disk; {again}"
                 )
             known[chunk] = True
+
+    def _mark_missing(self, name: str, chunk: int) -> bool:
+        """Forget a chunk through files of one's own: this cache is open for reading only."""
+        first, end = self.rows_in(name, chunk)
+        record = self.records[name]
+        places = {"sums": (chunk * (1 + DIGEST), 1), "done": (first, end - first)}
+        try:
+            for what, (offset, length) in places.items():
+                path = cache_file(self.folder, self.source, name, record, what)[0]
+                with path.open("r+b") as file:
+                    file.seek(offset)
+                    file.write(bytes(length))
+        except OSError:  # a folder that others look after
+            return False
+        return True
 
     def _digest(self, name: str, chunk: int) -> bytes:
         first, end = self.rows_in(name, chunk)
@@ -306,10 +347,20 @@ class FeatureCacheWriter(FeatureCache):
         if self._puts % _FLUSH_EVERY == 0:
             self.flush()
 
-    def mend(self, names: Sequence[str] | None = None) -> dict[str, list[int]]:
-        """Forget the rows of chunks whose checksum does not fit; returns those chunks."""
-        wrong = self.damaged_chunks(self.names if names is None else names)
+    def mend(
+        self, names: Sequence[str] | None = None, rank: int = 0, world: int = 1
+    ) -> dict[str, list[int]]:
+        """Forget the rows of chunks whose checksum does not fit; returns and logs those chunks.
+
+        Of several ranks each mends every ``world``-th chunk; a barrier must follow.
+        """
+        wrong = self.damaged_chunks(self.names if names is None else names, rank, world)
         for name, chunks in wrong.items():
+            log.warning(
+                "%d chunks of teacher %r in the feature cache %s do not fit their checksum (the "
+                "first: rows %d to %d): they are computed again",
+                len(chunks), name, self.folder, *self._span(name, chunks[0]),
+            )  # fmt: skip
             for chunk in chunks:
                 first, end = self.rows_in(name, chunk)
                 self._map(name, "sums")[chunk, 0] = 0

@@ -487,12 +487,12 @@ class ShardDataModule(LightningDataModule):
             raise ValueError("this data module has no feature cache: set cache to a folder")
         return self.cache
 
-    def cache_complete(self, fingerprints: Mapping[str, str], verify: bool = False) -> bool:
+    def cache_complete(self, fingerprints: Mapping[str, str]) -> bool:
         """Whether the cache has every row of these teachers (name → fingerprint).
 
-        With ``verify`` all of it is read: files that were cut off, and rows that do not fit their
-        checksum, are said and count as missing. Whatever the answer, ``train_dataloader`` serves
-        these teachers from the cache from now on.
+        Looks at sizes and at what is recorded as done, and reads no features: their checksums are
+        compared when a chunk is first read. Whatever the answer, ``train_dataloader`` serves these
+        teachers from the cache from now on.
 
         Raises:
             ValueError: the cache was made from other data, views or teachers; names what differs.
@@ -506,21 +506,11 @@ class ShardDataModule(LightningDataModule):
         cache.check(present)
         if len(present) < len(fingerprints):
             return False
-        if not verify:
-            return not len(cache.missing(list(fingerprints)))
         try:
-            missing, wrong = cache.missing(list(present)), cache.damaged_chunks(list(present))
-        except ValueError as error:
+            return cache.whole(list(present))
+        except ValueError as error:  # cut off
             logger.warning("%s", error)
             return False
-        for name, chunks in wrong.items():
-            first, end = cache.rows_in(name, chunks[0])
-            logger.warning(
-                "%d chunks of teacher %r in the feature cache %s do not fit their checksum (the "
-                "first: rows %d to %d): they are computed again",
-                len(chunks), name, self.cache, first, end - 1,
-            )  # fmt: skip
-        return not len(missing) and not wrong
 
     def cached_teachers(self) -> tuple[str, ...]:
         """Teachers that the cache has features of, finished or not; none without a cache."""

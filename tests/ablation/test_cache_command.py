@@ -72,12 +72,15 @@ def test_a_fit_on_a_cache_loads_no_teacher(
     assert teacher.loaded
     assert teacher.num_parameters == live.teacher("vit").num_parameters
 
-    # A chunk that was changed on disk is noticed, and computed again.
+    # A chunk that was changed on disk is noticed when it is read, and computed again by the next.
     file = out / "cnn.summary.bin"
     content = bytearray(file.read_bytes())
     content[5] ^= 0x40
     file.write_bytes(content)
-    again = run(path, "again", tmp_path, f"--data.cache={out}", "--data.cache_dtype=float32")
+    cached = [f"--data.cache={out}", "--data.cache_dtype=float32"]
+    with pytest.raises(ValueError, match=r"of teacher 'cnn'.* do not fit their checksum"):
+        run(path, "damaged", tmp_path, *cached)
+    again = run(path, "again", tmp_path, *cached)
     for name, tensor in live.student.state_dict().items():
         torch.testing.assert_close(again.student.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
     assert not FeatureCache(out, again._trainer.datamodule.cache_source()).damaged_chunks(["cnn"])  # type: ignore[union-attr]
