@@ -158,7 +158,7 @@ def plan_cache(
 def _intact(
     data: ShardDataModule, out: Path, fingerprints: Mapping[str, str], progress: bool
 ) -> bool:
-    """Whether every chunk fits its checksum: whoever asks for a complete cache anew wants to know."""
+    """Whether every chunk fits its checksum: whoever asks anew wants to know."""
     cache = FeatureCache(out, data.cache_source())
     names = track(fingerprints, "   checksums", console=Console(stderr=True), disable=not progress)
     return not any(cache.damaged_chunks([name]) for name in names)
