@@ -21,6 +21,7 @@ from multikd.teachers.encoder import ImageEncoder
 from multikd.teachers.fingerprint import weight_digest
 from multikd.teachers.folding import fold_batch_norms
 from multikd.teachers.mosaic import compose, decompose
+from multikd.teachers.packing import pack_linears
 from multikd.teachers.registry import load_encoder
 from multikd.teachers.resized import resized
 from multikd.types import Encoder, EncoderSpec, Grid, TokenFeatures, Widths
@@ -50,6 +51,8 @@ class Teacher(nn.Module):
             images only (SAM), at 1/k² of the cost.
         fold: fold batch norms into convolutions; None does so for the encoders of this package.
         compile: ``torch.compile`` the encoder; the first batch of each size then takes a minute.
+        pack: on a CPU, take bias and GELU into oneDNN's matrix products (``teachers.packing``);
+            None does so for the encoders of this package that are not compiled.
 
     Raises:
         ValueError: the encoder can't be built, or settings exclude one another.
@@ -69,6 +72,7 @@ class Teacher(nn.Module):
         fold: bool | None = None,
         mosaic: int = 1,
         compile: bool = False,
+        pack: bool | None = None,
     ) -> None:
         super().__init__()
         if resize not in ("own", "grid", "none"):
@@ -126,6 +130,8 @@ class Teacher(nn.Module):
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
         self._place(lambda tensor: tensor)
+        if (pack is None and own and not compile) or pack:
+            pack_linears(module)
         if compile:
             module.compile()
         self.training = False
