@@ -777,7 +777,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
         live=arguments.live,
     )
     text, figures = run_ablate(arguments.study, settings)
-    return _finish(text, figures, arguments.json)
+    _finish(text, figures, arguments.json)
+    return 1 if figures.get("progress", {}).get("failed") else 0
 
 
 def _teachers_stats(arguments: argparse.Namespace) -> int:

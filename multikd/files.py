@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -16,6 +17,17 @@ except ImportError:  # Windows has no flock; there, two processes may do the sam
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY_SUFFIX = ".multikd-tmp"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is that of a disk without room."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:

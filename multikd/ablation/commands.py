@@ -22,8 +22,8 @@ from multikd.ablation.present import terminal, write_all
 from multikd.ablation.stages import planned_runs, stages
 from multikd.ablation.state import StudyFolder
 from multikd.ablation.study import read_study
-from multikd.ablation.worker import write_job
-from multikd.files import file_lock
+from multikd.ablation.worker import DiskFullError, disk_full, write_job
+from multikd.files import disk_is_full, file_lock
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,13 @@ class _Watch:
         self.bar.update(self.task, completed=done, total=len(self.runs))
         if done != self.seen:
             self.seen = done
-            write_all(build_leaderboard(self.planner, self.folder, self.runs), self.folder.out)
+            board = build_leaderboard(self.planner, self.folder, self.runs)
+            try:
+                write_all(board, self.folder.out)
+            except OSError as error:
+                if disk_is_full(error):
+                    raise DiskFullError(disk_full(self.folder.out)) from error
+                raise
 
 
 def confirm(count: int, most: int, yes: bool) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from multikd.ablation.plan import Run
 from multikd.ablation.state import StudyFolder
-from multikd.ablation.worker import run_slurm_task
+from multikd.ablation.worker import FULL_DISK, DiskFullError, disk_full, run_slurm_task
+from multikd.data.workers import usable_cores
 from multikd.errors import MissingExtraError
 
 _POLL_SECONDS = 0.5
@@ -33,7 +34,7 @@ class Processes:
             raise ValueError(f"--processes must be 1 or more, received {count}")
         self.study = study
         self.count = count
-        self.threads = threads or max(1, (os.cpu_count() or 1) // count)
+        self.threads = threads or max(1, usable_cores() // count)
 
     def __call__(self, runs: Sequence[Run], progress: Progress) -> None:
         """Have the runs done; returns when each is done, has failed twice, or time is over."""
@@ -48,6 +49,8 @@ class Processes:
                         continue
                     if worker.returncode == 130:
                         raise KeyboardInterrupt
+                    if worker.returncode == FULL_DISK:
+                        raise DiskFullError(disk_full(self.study.out))
                     if not self._blame(runs, worker.returncode):
                         raise ValueError(
                             f"a worker process ended with code {worker.returncode} before it "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -18,13 +19,14 @@ from typing import Any
 
 from multikd.ablation.plan import Run
 from multikd.ablation.state import StudyFolder
-from multikd.files import write_text_atomically
+from multikd.files import disk_is_full, write_text_atomically
 from multikd.redaction import redact
 from multikd.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
+FULL_DISK = 74  # EX_IOERR: what a worker ends with where there is no room left
 _WATCH_SECONDS = 1.0
 
 
@@ -56,25 +58,47 @@ def work_on(out: Path, only: Sequence[str] | None = None) -> int:
     return done
 
 
+class DiskFullError(OSError):
+    """There is no room left for the runs of a study: trying the next one would not help."""
+
+    exit_code = 1
+
+
 def attempt(study: StudyFolder, run: Run, tasks: str, data: tuple[str, ...]) -> bool:
-    """One attempt at a run; a failure is noted with its reason."""
+    """One attempt at a run; a failure is noted with its reason.
+
+    Raises:
+        DiskFullError: there is no room left; nothing is noted against the run.
+    """
     from multikd.ablation import work
 
     study.mark(run, True)
     try:
-        result = work.do(run, study.out, tasks, data)
+        study.write_result(run, work.do(run, study.out, tasks, data))
     except KeyboardInterrupt:
         study.mark(run, False)
         raise
     except Exception as error:  # whatever a run may raise costs that run alone
+        if disk_is_full(error):
+            study.mark(run, False)
+            raise DiskFullError(disk_full(study.out, run.name)) from error
         reason = redact(" ".join(f"{type(error).__name__}: {error}".split()))
         log.warning("run %s failed: %s", run.name, reason[:400])
         study.note_failure(run, reason[:2000])
         study.mark(run, False)
         return False
-    study.write_result(run, result)
     study.mark(run, False)
     return True
+
+
+def disk_full(out: Path, name: str = "") -> str:
+    """What a study says when there is no room left."""
+    free = shutil.disk_usage(out).free / 1e6
+    at = f" (at {name})" if name else ""
+    return (
+        f"the disk of {out} is full{at}, {free:.1f} MB are left: what is finished is kept; make "
+        "room and give the same command again"
+    )
 
 
 def stop_with_parent() -> None:
@@ -104,6 +128,9 @@ def main(argv: Sequence[str]) -> int:
             work_on(Path(names[0]), names[1:] or None)
         except KeyboardInterrupt:
             return 130
+        except DiskFullError as error:
+            log.error("%s", error)
+            return FULL_DISK
     return 0
 
 

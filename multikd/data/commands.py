@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from multikd.data.decode import DEFAULT_MAX_PIXELS
 from multikd.data.encode import ImageFormat
 from multikd.data.inspection import inspect_shards
 from multikd.data.manifest import read_manifest
+from multikd.data.workers import usable_cores
 from multikd.data.writer import write_shards
 
 
@@ -78,7 +78,7 @@ def run_write(
         A summary for people, and the same figures for machines.
     """
     if workers is None:
-        workers = min(8, os.cpu_count() or 1)
+        workers = min(8, usable_cores())
     classes: list[str] | None = None
     if classes_from is not None:
         manifest = read_manifest(classes_from)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from multikd.checkpoints import WeightChoice
 from multikd.data.sources import DEFAULT_CACHE
+from multikd.data.workers import usable_cores
 from multikd.retention.encoders import OpenOptions
 from multikd.retention.extract import ExtractOptions
 from multikd.retention.store import PatchDtype
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 OUT = Path("multikd-evaluation")
 RESULTS = "results.json"
-WORKERS = min(16, os.cpu_count() or 2)
+WORKERS = min(16, usable_cores())
 CACHE = DEFAULT_CACHE / "evaluation"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ from multikd.ablation.stages import planned_runs
 from multikd.ablation.state import StudyFolder
 from multikd.ablation.study import read_study
 from multikd.ablation.subsets import subsets_of
-from multikd.ablation.worker import work_on
+from multikd.ablation.worker import DiskFullError, work_on
 from multikd.cli import main
 from multikd.fit import parse_config
 from multikd.modules.distillation import DistillationModule
@@ -268,6 +269,32 @@ def test_a_run_that_fails_is_tried_once_more_and_told(
     monkeypatch.setattr(work, "do", made_up)
     _, board = run_ablate(place.study(), settings(tmp_path))  # started anew, it gets a chance
     assert board["progress"]["failed"] == {}
+
+
+def test_a_full_disk_stops_the_study_and_loses_nothing(
+    place: Place, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = ["vit+cnn"]
+
+    def until_full(run: Run, out: Path, tasks: str, data: tuple[str, ...]) -> dict[str, Any]:
+        if run.kind == "run" and "+".join(run.combination.subset) in full:
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as error:
+                raise ValueError("a checkpoint could not be written") from error
+        return made_up(run, out, tasks, data)
+
+    monkeypatch.setattr(work, "do", until_full)
+    out = tmp_path / "out"
+    with pytest.raises(DiskFullError, match=r"is full \(at vit\+cnn,seed=0\).*what is finished is"):
+        run_ablate(place.study(), settings(out))
+    done = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
+    assert len(done) == 6  # cache, teachers, ∅ twice, one teacher each; nothing after that
+    assert (out / "leaderboard.json").is_file()
+    full.clear()
+    _, board = run_ablate(place.study(), settings(out))
+    assert board["progress"]["failed"] == {}
+    assert {p: p.stat().st_mtime_ns for p in done} == done
 
 
 def test_a_failed_cache_stops_the_study(
