@@ -36,6 +36,7 @@ class TokenFeatures:
         grid: ``(h, w)`` with ``h * w == N``; None where there are no patches.
         logits: ``(B, K)`` where the encoder has a classifier.
         layers: intermediate features, where they were asked for.
+        layer_numbers: which blocks or stages of the encoder ``layers`` are, from 0 on.
         places: int64 ``(B, n)``, which patches of ``places_grid`` the ``n`` of ``patches`` are,
             where a cache kept only some; ``grid`` is None then.
         places_grid: the whole grid.
@@ -46,6 +47,7 @@ class TokenFeatures:
     grid: Grid | None = None
     logits: Tensor | None = None
     layers: tuple[TokenFeatures, ...] = ()
+    layer_numbers: tuple[int, ...] = ()
     places: Tensor | None = None
     places_grid: Grid | None = None
 
@@ -74,6 +76,7 @@ class TokenFeatures:
             grid=self.grid,
             logits=None if self.logits is None else function(self.logits),
             layers=tuple(layer.map(function) for layer in self.layers),
+            layer_numbers=self.layer_numbers,
             places=None if self.places is None else function(self.places),
             places_grid=self.places_grid,
         )

@@ -8,6 +8,7 @@ from multikd.losses.balancing import (
     LossBalancer,
     UncertaintyWeights,
 )
+from multikd.losses.batch_relation import RKDTerm, SimilarityPreservingTerm
 from multikd.losses.combined import LossSum
 from multikd.losses.dropping import (
     HardestKept,
@@ -17,28 +18,38 @@ from multikd.losses.dropping import (
     hardest_kept,
     weigh,
 )
-from multikd.losses.feature import DistillationLoss, FeatureLoss, MSELoss
-from multikd.losses.labels import LabelLoss, Term
+from multikd.losses.feature import DistillationLoss, FeatureLoss, MSELoss, NoFeatureLoss
+from multikd.losses.labels import LabelLoss
+from multikd.losses.layers import AttentionTransferTerm, HintTerm
 from multikd.losses.relation import GramLoss
+from multikd.losses.response import ResponseTerm
 from multikd.losses.shift import ShiftEquivariantMSE
+from multikd.losses.term import TeacherTerm, Term
 
 __all__ = [
     "AngleLoss",
+    "AttentionTransferTerm",
     "DistillationLoss",
     "DynamicWeightAverage",
     "FeatureLoss",
     "FixedWeights",
     "GramLoss",
     "HardestKept",
+    "HintTerm",
     "InverseLossScale",
     "LabelLoss",
     "LossBalancer",
     "LossSum",
     "MSELoss",
     "NoDropping",
+    "NoFeatureLoss",
+    "RKDTerm",
     "RandomTeachers",
+    "ResponseTerm",
     "ShiftEquivariantMSE",
+    "SimilarityPreservingTerm",
     "TeacherDropper",
+    "TeacherTerm",
     "Term",
     "UncertaintyWeights",
     "hardest_kept",

@@ -1,36 +1,14 @@
-"""Terms beside the teachers': labels here, others later."""
+"""Terms on labels beside the teachers'."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from multikd.functional import full_precision, where_images, without_autocast
+from multikd.losses.term import Term
 from multikd.types import Batch, StudentOutput
-
-
-class Term(nn.Module):
-    """A loss of the student's own output, with a weight.
-
-    Attributes:
-        weight: the training module adds ``weight · mean of forward``.
-        uses_logits: the student must have a classifier.
-        uses_features: the student's final features, not only its rungs, must be trained.
-    """
-
-    uses_logits: bool = False
-    uses_features: bool = True
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        if not 0.0 <= weight < float("inf"):
-            raise ValueError(f"the weight of a term must be 0 or more, received {weight}")
-        self.weight = weight
-
-    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
-        """Unweighted loss of each image: ``(B,)`` float32, 0 where it does not apply."""
-        raise NotImplementedError
 
 
 class LabelLoss(Term):
