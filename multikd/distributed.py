@@ -82,7 +82,7 @@ class _GatherRows(torch.autograd.Function):
         return all_gather_rows(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # Every rank's loss depends on these rows.
         total = all_reduce_sum(gradient)
         count = len(total) // world_size()
@@ -97,7 +97,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
     """
     if not is_distributed():
         return tensor
-    gathered: Tensor = _GatherRows.apply(tensor)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(tensor)
     return gathered
 
 

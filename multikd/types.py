@@ -131,6 +131,7 @@ class Batch:
             drawn anew each epoch.
         cached: teacher name → features of ``views[0]``, where a cache serves them.
         faults: samples that were replaced in this batch, with the cause.
+        columns: name → int64 ``(B,)``, further label columns, −1 where there is none.
     """
 
     views: list[Tensor]
@@ -144,6 +145,7 @@ class Batch:
     recorded: Tensor | None = None
     cached: dict[str, TokenFeatures] | None = None
     faults: list[Fault] = field(default_factory=list)
+    columns: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -165,6 +167,9 @@ class Batch:
             cached=None
             if self.cached is None
             else {name: features.map(function) for name, features in self.cached.items()},
+            columns=None
+            if self.columns is None
+            else {name: function(column) for name, column in self.columns.items()},
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:

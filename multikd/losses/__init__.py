@@ -10,6 +10,7 @@ from multikd.losses.balancing import (
 )
 from multikd.losses.batch_relation import RKDTerm, SimilarityPreservingTerm
 from multikd.losses.combined import LossSum
+from multikd.losses.curriculum import Curriculum
 from multikd.losses.dropping import (
     HardestKept,
     NoDropping,
@@ -29,6 +30,7 @@ from multikd.losses.term import TeacherTerm, Term
 __all__ = [
     "AngleLoss",
     "AttentionTransferTerm",
+    "Curriculum",
     "DistillationLoss",
     "DynamicWeightAverage",
     "FeatureLoss",

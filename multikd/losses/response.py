@@ -271,7 +271,8 @@ def response_divergence(p: Tensor, logits: Tensor, temperature: float) -> Tensor
     Without the factor τ² that keeps gradients in scale.
     """
     log_q = torch.log_softmax(logits / temperature, dim=1)
-    return (torch.special.xlogy(p, p) - p * log_q).sum(1)
+    divergence: Tensor = (torch.special.xlogy(p, p) - p * log_q).sum(1)
+    return divergence
 
 
 def decoupled_divergence(

@@ -26,6 +26,7 @@ from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder, NoLadder
 from multikd.losses.balancing import FixedWeights, LossBalancer
+from multikd.losses.curriculum import Curriculum
 from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
 from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.shift import view_shift
@@ -84,6 +85,7 @@ class DistillationModule(pl.LightningModule):
         ema_decay: keep an exponential moving average of the student; null for none.
         validate_losses: run the teachers in validation too, for their losses there.
         compile_student: ``torch.compile`` student, ladder and losses.
+        curriculum: which images count yet, easy ones first; null: all of them.
     """
 
     seed: Tensor
@@ -107,6 +109,7 @@ class DistillationModule(pl.LightningModule):
         ema_decay: float | None = None,
         validate_losses: bool = True,
         compile_student: bool = False,
+        curriculum: Curriculum | None = None,
     ) -> None:
         super().__init__()
         check_names(teachers, terms or {})
@@ -117,6 +120,10 @@ class DistillationModule(pl.LightningModule):
         for name, term in (terms or {}).items():
             term.bind(name, student, teachers)
         self.logits_of = {n for term in (terms or {}).values() for n in term.logits_of}
+        self.curriculum = curriculum
+        if curriculum is not None:
+            curriculum.bind(teachers)
+            self.logits_of |= {*curriculum.names}
         if any(term.uses_logits for term in (terms or {}).values()) and not student.num_classes:
             raise ValueError(
                 "a term needs class logits, but the student has no classifier: "
@@ -284,14 +291,18 @@ class DistillationModule(pl.LightningModule):
             norms[f"target/{name}"] = mean_norm(raw.summary, raw.patches)
         losses = torch.stack(rows) if rows else images.new_zeros((0, len(batch)))
         # Places that only make the batches of all ranks equal (after a change of their number).
-        real = batch.positions >= 0
+        counted, scale = batch.positions >= 0, None
+        if training and self.curriculum is not None:
+            counted, scale = self.curriculum(targets, counted, self._progress())
         if training and names:
             keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
-            keep = torch.where(real, keep, 0.0)
+            keep = torch.where(counted, keep, 0.0)
             lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
             total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
             if self.keeps_parts:
                 self._keep_parts(names, losses, weights)
+            if scale is not None and self.dropper.normalize == "image":
+                total = total * scale  # with `batch`, what is kept is the divisor already
             total = total + regulariser
         else:
             keep = torch.ones_like(losses)
@@ -305,8 +316,9 @@ class DistillationModule(pl.LightningModule):
             values = term(output, batch, targets) if term.uses_teachers else term(output, batch)
             terms[name] = values.detach()
             if training:
-                values = torch.where(real, values, 0.0)
-            total = total + term.weight * values.mean()
+                values = torch.where(counted, values, 0.0)
+            mean = values.mean() if scale is None else scale * values.mean()
+            total = total + term.weight * mean
         record = StepRecord(
             names=tuple(names),
             losses=losses.detach(),
@@ -333,6 +345,13 @@ class DistillationModule(pl.LightningModule):
         if isinstance(per_epoch, float) and not math.isfinite(per_epoch):
             return batch_idx
         return self.current_epoch * int(per_epoch) + batch_idx
+
+    def _progress(self) -> float:
+        """How much of the run is over, 0 to 1; 1 outside one and where its length is unknown."""
+        if self._trainer is None:
+            return 1.0
+        total = float(self.trainer.estimated_stepping_batches)
+        return min(self.trainer.global_step / total, 1.0) if math.isfinite(total) else 1.0
 
     def _grid(self, student: Sequence[Grid], teacher: Grid | None) -> Grid | None:
         if teacher is None or not student:
