@@ -30,7 +30,7 @@ from multikd.losses.curriculum import Curriculum
 from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
 from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.shift import view_shift
-from multikd.losses.term import Term
+from multikd.losses.term import Term, nothing_of
 from multikd.modules.ema import StudentAverage
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
@@ -311,6 +311,8 @@ class DistillationModule(pl.LightningModule):
         absent = [name for name in self.ladder_names if training and name not in names]
         if absent:
             total = total + self.ladder.unused_zero(absent)
+            if not names:  # nor was there anything to balance
+                total = total + nothing_of(self.balancer, total)
         terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             values = term(output, batch, targets) if term.uses_teachers else term(output, batch)

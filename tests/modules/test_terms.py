@@ -88,7 +88,7 @@ OBJECTIVES: dict[str, Any] = {
 
 def made(name: str) -> DistillationModule:
     return small.module(
-        {"num_classes": 0 if name == "similarity" else 10, "name": "test_resnet"},
+        {"num_classes": 0 if name == "similarity" else 10},
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
         **{"loss": NoFeatureLoss(), **OBJECTIVES[name]()},
     )
