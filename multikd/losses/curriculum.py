@@ -141,7 +141,8 @@ def difficulty(logits: Sequence[Tensor], measure: Measure, temperature: float = 
     """
     p = torch.stack([torch.softmax(full_precision(z.detach()) / temperature, 1) for z in logits])
     if measure == "entropy":
-        return torch.special.entr(p.mean(0)).sum(1)
+        entropy: Tensor = torch.special.entr(p.mean(0)).sum(1)
+        return entropy
     variance: Tensor = (p - p.mean(0)).square().mean(0).sum(1)
     return variance
 

@@ -189,6 +189,11 @@ class Teacher(nn.Module):
         return self.spec.num_classes
 
     @property
+    def head(self) -> ClassifierHead | None:
+        """The classifier of a file, where it has one."""
+        return self._head
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the encoder (of a folded one, after folding)."""
         return sum(p.numel() for p in self.encoder.parameters())
