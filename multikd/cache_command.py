@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from multikd.callbacks.precompute import fill_cache, fingerprints_of
+from multikd.callbacks.precompute import fill_cache, fingerprints_of, settle_logits
 from multikd.data.cache import FeatureCache, TeacherRecord
 from multikd.data.cache_record import cache_file, codec_file
 from multikd.data.module import ShardDataModule
@@ -95,6 +95,7 @@ def run_cache(
     if not isinstance(module, DistillationModule) or not isinstance(data, ShardDataModule):
         raise ValueError("a cache is made for a DistillationModule and a ShardDataModule")
     data.setup("fit")
+    settle_logits(module, str(out))
     fingerprints = fingerprints_of(module)
     begun = time.perf_counter()
     complete = data.cache_complete(fingerprints)

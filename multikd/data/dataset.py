@@ -19,6 +19,7 @@ from multikd.data.decode import (
     DEFAULT_MAX_PIXELS,
     IMAGE_EXTENSIONS,
     SampleFault,
+    decode_columns,
     decode_label,
     decode_pixels,
     find_image,
@@ -53,6 +54,7 @@ class Sample(NamedTuple):
     pixels: Pixels  # uint8 (H, W, 3), RGB
     label: int  # −1 for none
     key: str
+    columns: tuple[int, ...] = ()  # further labels, −1 for none
 
     @property
     def image(self) -> Image.Image:
@@ -73,6 +75,7 @@ class SampleReader:
         max_pixels: larger images are faults.
         keep: hold decoded samples in memory; ``preload`` decodes all of them at once, so that
             forked workers share them.
+        columns: further label columns to read of each sample's JSON.
     """
 
     def __init__(
@@ -80,7 +83,9 @@ class SampleReader:
         sources: Sequence[ShardSource],
         max_pixels: int = DEFAULT_MAX_PIXELS,
         keep: bool = False,
+        columns: Sequence[str] = (),
     ) -> None:
+        self.columns = tuple(columns)
         self.sources = tuple(sources)
         self.max_pixels = max_pixels
         self._keep = keep
@@ -180,19 +185,21 @@ class SampleReader:
         shard, offset = source.locate(number)
         try:
             members = source.read_members(shard, offset, _wanted(source, shard))
-            return decode_members(members, source.key(shard, offset), self.max_pixels)
+            return decode_members(members, source.key(shard, offset), self.max_pixels, self.columns)
         except SampleFault as fault:
             return fault
 
 
-def decode_members(members: dict[str, bytes], key: str, max_pixels: int) -> Sample:
+def decode_members(
+    members: dict[str, bytes], key: str, max_pixels: int, columns: Sequence[str] = ()
+) -> Sample:
     """Image and label of a sample's members.
 
     Raises:
         SampleFault: there is no image, or image or label cannot be read.
     """
     pixels = decode_pixels(find_image(members), max_pixels)
-    return Sample(pixels, decode_label(members), key)
+    return Sample(pixels, decode_label(members), key, decode_columns(members, columns))
 
 
 def _wanted(source: ShardSource, shard: int) -> list[str]:
@@ -283,6 +290,7 @@ class ShardDataset(Dataset[Batch]):
         size = max(len(policy.names) for policy in self.policies)
         parameters = np.zeros((len(positions), len(self.policies), size), dtype=np.float32)
         labels, keys, faults = [], [], []
+        columns: dict[str, list[int]] = {name: [] for name in self.reader.columns}
         rows = zip(*(a.tolist() for a in (positions, dataset, sample, number)), strict=True)
         for row, (position, group, index, recorded) in enumerate(rows):
             draw_keys = [DrawKey.live(self.seed, epoch, position, v) for v in range(len(views))]
@@ -296,6 +304,9 @@ class ShardDataset(Dataset[Batch]):
                 found, seen, fault = self._grey(group, index, lost)
             labels.append(found.label if position != FILLER else -1)
             keys.append(found.key)
+            for place, column in enumerate(columns.values()):
+                known = position != FILLER and len(found.columns) == len(columns)
+                column.append(found.columns[place] if known else -1)
             if fault is not None and position != FILLER:
                 faults.append(fault)
             for view, (drawn, image) in enumerate(seen):
@@ -312,6 +323,7 @@ class ShardDataset(Dataset[Batch]):
             recorded=torch.from_numpy(number),
             cached=self._cached(dataset, sample, number),
             faults=faults,
+            columns={n: torch.tensor(c, dtype=torch.int64) for n, c in columns.items()} or None,
         )
 
     def _grey(

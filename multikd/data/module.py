@@ -62,6 +62,7 @@ class ShardDataModule(LightningDataModule):
         cache_dtype: number format that features are kept in.
         cache_storage: the same in detail (int8, PCA, fewer patches), in place of ``cache_dtype``.
         recorded_seed: of recorded views, where runs of several seeds share a cache; None: ``seed``.
+        label_columns: names of further labels in the samples' ``.json``, for terms that read them.
         in_memory: decode small sets once and keep the images.
         in_memory_gb: bound of that, per set.
         max_fault_rate: share of unreadable samples past which the run stops.
@@ -115,6 +116,7 @@ class ShardDataModule(LightningDataModule):
         shuffle_buffer: int = 1000,
         cache_storage: CacheStorage | None = None,
         recorded_seed: int | None = None,
+        label_columns: list[str] | None = None,
     ) -> None:
         super().__init__()
         if train_views is None:
@@ -144,6 +146,7 @@ class ShardDataModule(LightningDataModule):
         self.allow_pipe = allow_pipe
         self.epoch_batches = epoch_batches
         self.shuffle_buffer = shuffle_buffer
+        self.label_columns = tuple(label_columns or ())
         self._specs = {"train": train, "val": val, "bank": bank}
         self._source_settings: dict[str, Any] = {
             "index_dir": index_dir,
@@ -180,6 +183,11 @@ class ShardDataModule(LightningDataModule):
             if self.epoch_batches is None:
                 raise ValueError(
                     "the sequential mode does not know how long an epoch is: set epoch_batches"
+                )
+            if self.label_columns:
+                raise ValueError(
+                    "label_columns need the indexed mode: set sequential to false, or leave them "
+                    "out"
                 )
             if recorded or self._specs["train"] is None or isinstance(self._specs["train"], dict):
                 raise ValueError(
@@ -223,6 +231,7 @@ class ShardDataModule(LightningDataModule):
                 [ShardSource(one.urls, **self._source_settings) for one in specs.values()],
                 self.max_pixels,
                 keep=self.in_memory_bytes is not None,
+                columns=self.label_columns,
             ),
         )
         for name, samples in zip(opened.names, opened.samples, strict=True):
