@@ -38,6 +38,7 @@ from multikd.modules.logits import (
     mean_real,
 )
 from multikd.modules.optimizing import (
+    SECOND_KEY,
     SecondOptimizer,
     reduced,
     scaled_optimizer,
@@ -45,7 +46,13 @@ from multikd.modules.optimizing import (
     scheduled_optimizer,
 )
 from multikd.modules.records import StepRecord, mean_norm
-from multikd.modules.resumable import Resumable, log_step, refuse_accumulation
+from multikd.modules.resumable import (
+    Resumable,
+    answers,
+    log_step,
+    refuse_accumulation,
+    refuse_views,
+)
 from multikd.optim import WarmupCosine
 from multikd.projectors import BottleneckProjector, to_map
 from multikd.projectors.bottleneck import Norm
@@ -53,7 +60,6 @@ from multikd.students import StudentEncoder
 from multikd.teachers.trainable import TrainableTeacher
 from multikd.types import Batch, Grid, TokenFeatures
 
-SECOND_KEY = "second_optimizer"
 # What an export needs to build projectors and classifiers again.
 DEPLOYED_KEY = "shared_classifier"
 
@@ -164,9 +170,7 @@ class AdaptiveModule(Resumable):
     def deployed(self, features: TokenFeatures, image_size: Grid) -> Tensor:
         """Logits ``(B, K)`` of projector and shared classifier, averaged over teachers."""
         rows = [
-            self.teacher(name).classifier(
-                self.project(name, features, image_size).mean(dim=(2, 3))
-            )
+            self.teacher(name).classifier(self.project(name, features, image_size).mean(dim=(2, 3)))
             for name in self.teacher_names
         ]
         return mean_logits(rows)
@@ -251,8 +255,9 @@ class AdaptiveModule(Resumable):
                 for g, f in zip(classifiers, self._pooled, strict=True)
             ]
             total = torch.stack([mean_real(loss, batch) for loss in losses]).mean()
-            gradients = torch.autograd.grad(total, self.second.parameters)
-        self.second.step(reduced(gradients), schedule_factor(optimizer))
+            parameters = self.second.parameters
+            gradients = torch.autograd.grad(total, parameters)
+        self.second.step(parameters, reduced(gradients), schedule_factor(optimizer))
         self._pooled = []
 
     # ------------------------------------------------------------------ Lightning's hooks
@@ -293,15 +298,6 @@ class AdaptiveModule(Resumable):
         if dataloader_idx == 0:
             log_scores(self, features.logits, batch)
         return answers(features, batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """As in validation."""
-        return self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Summaries and deployed logits, with the keys they belong to."""
-        features = self(batch.views[0])
-        return answers(TokenFeatures(features.summary, logits=features.logits), batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Lightning's optimiser over everything, and the second over the classifiers."""
@@ -413,30 +409,6 @@ def check_teachers(teachers: dict[str, TrainableTeacher]) -> None:
                 "mean of a feature map, so a projected map can't be put before it: give a CNN such "
                 "as packaged:efficientnet_lite0 or timm:resnet50"
             )
-
-
-def refuse_views(module: Any) -> None:
-    """Refuse several training views.
-
-    Raises:
-        ValueError: there are.
-    """
-    views = getattr(getattr(module.trainer, "datamodule", None), "train_views", [None])
-    if len(views) != 1:
-        raise ValueError(
-            f"{type(module).__name__} learns from one view of each image, received {len(views)}: "
-            "give data.train_views one policy"
-        )
-
-
-def answers(features: TokenFeatures, batch: Batch) -> dict[str, Any]:
-    """What validation and prediction hand to probes and writers."""
-    return {
-        "features": features,
-        "labels": batch.labels,
-        "positions": batch.positions,
-        "keys": batch.keys,
-    }
 
 
 def _last_map(model: nn.Module, images: Tensor) -> list[Tensor]:

@@ -27,11 +27,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from multikd.backbones import final_features, freeze_unread
+from multikd.backbones import freeze_unread
 from multikd.data.held_out import HeldOutBatches
 from multikd.data.module import ShardDataModule
 from multikd.distributed import broadcast_first
-from multikd.modules.adaptive import SECOND_KEY, answers, refuse_views
+from multikd.functional import without_autocast
 from multikd.modules.distillation import to_float
 from multikd.modules.logits import (
     check_labels,
@@ -39,9 +39,12 @@ from multikd.modules.logits import (
     divergence,
     label_loss,
     log_scores,
+    logits_of,
     mean_real,
+    read_logits,
 )
 from multikd.modules.optimizing import (
+    SECOND_KEY,
     SecondOptimizer,
     reduced,
     scaled_optimizer,
@@ -50,7 +53,13 @@ from multikd.modules.optimizing import (
     virtual_step,
 )
 from multikd.modules.records import StepRecord, mean_norm
-from multikd.modules.resumable import Resumable, log_step, refuse_accumulation
+from multikd.modules.resumable import (
+    Resumable,
+    answers,
+    log_step,
+    refuse_accumulation,
+    refuse_views,
+)
 from multikd.optim import WarmupCosine
 from multikd.students import StudentEncoder
 from multikd.teachers.trainable import TrainableTeacher
@@ -136,7 +145,7 @@ class InfluenceModule(Resumable):
             )
         self.trained_teacher = teacher
         self.student = student
-        freeze_unread(student.model, student.spec.image_size, _logits)
+        freeze_unread(student.model, student.spec.image_size, read_logits)
         teacher.freeze_unread(lambda found: [found.summary])
         self.alpha, self.teacher_alpha = alpha, teacher_alpha
         self.temperature = temperature
@@ -203,9 +212,7 @@ class InfluenceModule(Resumable):
         ahead = dict(zip(names, moved, strict=True))
         seen = self.student_logits(to_float(held.views[0]), ahead)
         held_loss = mean_real(label_loss(seen, held.labels), held)
-        return dict(
-            zip(names, reduced(torch.autograd.grad(held_loss, moved)), strict=True)
-        )
+        return dict(zip(names, reduced(torch.autograd.grad(held_loss, moved)), strict=True))
 
     def influence(
         self,
@@ -245,7 +252,8 @@ class InfluenceModule(Resumable):
         own = dict(self.student.named_parameters())
         for sign in (1.0, -1.0):
             there = {n: own[n].detach() + sign * epsilon * g for n, g in direction.items()}
-            with torch.no_grad():
+            # In float32: the difference of two bfloat16 passes would be rounding alone.
+            with torch.no_grad(), without_autocast(images.device):
                 sides.append(self.student_logits(images, there, draws))
         up, down = (self.teacher_losses(taught, side, batch.labels) for side in sides)
         with torch.no_grad():
@@ -281,7 +289,7 @@ class InfluenceModule(Resumable):
             found: TokenFeatures = functional_call(
                 _Features(self.student), _state(self.student, "student.", parameters), (images,)
             )
-        return _classified(found)
+        return logits_of(found)
 
     # ------------------------------------------------------------------ one batch
 
@@ -292,7 +300,7 @@ class InfluenceModule(Resumable):
         images = to_float(batch.views[0])
         draws = int(torch.randint(2**31, ()))
         with self._differentiable(), seeded(draws, images.device):
-            logits = _classified(self.student.features(images))
+            logits = logits_of(self.student.features(images))
         taught = self.trained_teacher(images).logits
         rate = self.influence_rate
         if rate is None:
@@ -301,7 +309,10 @@ class InfluenceModule(Resumable):
         found = self.influence(batch, g, logits, taught, rate, draws)
         # The same on every rank. One look at the device, as a gradient scaler has it.
         if bool(torch.isfinite(torch.nn.utils.get_total_norm(found.gradients))):
-            self.second.step(found.gradients, schedule_factor(optimizer))
+            _, parameters = _trained(self.trained_teacher)
+            self.second.step(parameters, found.gradients, schedule_factor(optimizer))
+            # Which would go on with the weights as they were before the step.
+            torch.clear_autocast_cache()
         else:
             found = found._replace(losses=torch.full_like(found.losses, float("nan")))
         return logits, found
@@ -363,10 +374,11 @@ class InfluenceModule(Resumable):
             return
         refuse_accumulation(self, "steps its teacher with every batch")
         refuse_views(self)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "64-true", "bf16-mixed"):
             raise ValueError(
-                "InfluenceModule takes gradients that no scaler sees: set trainer.precision to "
-                "bf16-mixed or 32-true in place of 16-mixed"
+                "InfluenceModule needs weights in float32 and gradients that no scaler sees: set "
+                f"trainer.precision to bf16-mixed or 32-true in place of {precision}"
             )
         self._held_out = None
         self._open_held_out(0)  # raises where the split is too small
@@ -384,17 +396,8 @@ class InfluenceModule(Resumable):
         """Cross-entropy and accuracy of the student, and features for the probes."""
         features = self(batch.views[0])
         if dataloader_idx == 0:
-            log_scores(self, _classified(features), batch)
+            log_scores(self, logits_of(features), batch)
         return answers(features, batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """As in validation."""
-        return self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Summaries and logits, with the keys they belong to."""
-        features = self(batch.views[0])
-        return answers(TokenFeatures(features.summary, logits=features.logits), batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Lightning's optimiser over the student, and the second over the teacher."""
@@ -479,14 +482,3 @@ def _trained(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
 def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
     norm: Tensor = torch.nn.utils.get_total_norm(list(tensors.values()))
     return norm
-
-
-def _classified(features: TokenFeatures) -> Tensor:
-    if features.logits is None:
-        raise ValueError("the student has no classifier: set student.init_args.num_classes")
-    return features.logits
-
-
-def _logits(model: nn.Module, images: Tensor) -> list[Tensor]:
-    logits = final_features(model, images).logits
-    return [] if logits is None else [logits]

@@ -7,11 +7,12 @@ import math
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from multikd.backbones import final_features
 from multikd.data.module import ShardDataModule
 from multikd.functional import full_precision, where_images, without_autocast
-from multikd.types import Batch
+from multikd.types import Batch, TokenFeatures
 
 _LOOKED_AT = 64  # labels that are read before training
 
@@ -40,6 +41,23 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
         rows = where_images(labelled, full_precision(logits))
         values = F.cross_entropy(rows, labels.clamp(min=0), reduction="none")
         return torch.where(labelled, values, 0.0)
+
+
+def logits_of(features: TokenFeatures) -> Tensor:
+    """The logits ``(B, K)`` of a student.
+
+    Raises:
+        ValueError: it has no classifier.
+    """
+    if features.logits is None:
+        raise ValueError("the student has no classifier: set student.init_args.num_classes")
+    return features.logits
+
+
+def read_logits(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What the losses here read of a timm model, for ``freeze_unread``."""
+    logits = final_features(model, images).logits
+    return [] if logits is None else [logits]
 
 
 def mean_real(values: Tensor, batch: Batch) -> Tensor:

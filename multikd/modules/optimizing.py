@@ -32,6 +32,9 @@ from multikd.optim import (
 
 log = logging.getLogger(__name__)
 
+# Where a checkpoint keeps the state of a module's second optimiser.
+SECOND_KEY = "second_optimizer"
+
 
 def scheduled_optimizer(
     module: pl.LightningModule,
@@ -100,14 +103,16 @@ class SecondOptimizer:
         """What it updates, in order."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def step(self, gradients: Sequence[Tensor], factor: float) -> None:
-        """One step with these gradients (one a parameter), at ``factor`` of the full rate."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+    def step(
+        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], factor: float
+    ) -> None:
+        """One step with a gradient for each parameter, at ``factor`` of the full rate."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
-        for parameter in self.parameters:
+        for parameter in parameters:
             parameter.grad = None
 
 
@@ -159,5 +164,6 @@ def virtual_step(
 def reduced(gradients: Sequence[Tensor]) -> list[Tensor]:
     """The mean over ranks of gradients that DDP did not see, in one collective."""
     flat = torch.cat([gradient.detach().reshape(-1) for gradient in gradients])
-    parts = all_reduce_mean(flat).split([gradient.numel() for gradient in gradients])
+    sizes = [gradient.numel() for gradient in gradients]
+    parts = torch.split(all_reduce_mean(flat), sizes)
     return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]

@@ -23,15 +23,16 @@ from multikd.modules.resuming import (
     settle_lengths,
 )
 from multikd.modules.undo import StepUndo
+from multikd.types import Batch, TokenFeatures
 
 # Of the seeds of dropout and drop path; the same as in DistillationModule.
 _RANDOM_STREAM = 1 << 33
 
 
 class Resumable(pl.LightningModule):
-    """A mix-in: seeds of dropout, the place in the data, and what a guard may put back.
+    """A mix-in: seeds of dropout, the place in the data, what a guard may put back, prediction.
 
-    No method is in here: a module that mixes it in says who is optimised and when. It calls
+    No method of distillation is in here: who mixes it in says who is optimised and when. It calls
     ``super()`` in the hooks that it overrides, and sets ``lr_batch`` (None: the rate is not scaled
     with the batch).
     """
@@ -107,6 +108,18 @@ class Resumable(pl.LightningModule):
         if not self.trainer.sanity_checking:
             self._validated_at = self.trainer.fit_loop.epoch_loop.total_batch_idx
 
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """As in validation."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Summaries and logits with the keys they belong to.
+
+        Without the patches: Lightning keeps all predictions until the end.
+        """
+        features: TokenFeatures = self(batch.views[0])
+        return answers(TokenFeatures(features.summary, logits=features.logits), batch)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
         data = getattr(self._trainer, "datamodule", None)
@@ -137,6 +150,30 @@ def log_step(module: pl.LightningModule, record: StepRecord) -> None:
     means = {f"epoch/loss/{name}": rows[i] for i, name in enumerate(record.names)}
     means["epoch/loss"] = record.total
     module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+
+
+def answers(features: TokenFeatures, batch: Batch) -> dict[str, Any]:
+    """What validation and prediction hand to probes and writers."""
+    return {
+        "features": features,
+        "labels": batch.labels,
+        "positions": batch.positions,
+        "keys": batch.keys,
+    }
+
+
+def refuse_views(module: pl.LightningModule) -> None:
+    """Refuse several training views.
+
+    Raises:
+        ValueError: there are.
+    """
+    views = getattr(getattr(module.trainer, "datamodule", None), "train_views", [None])
+    if len(views) != 1:
+        raise ValueError(
+            f"{type(module).__name__} learns from one view of each image, received {len(views)}: "
+            "give data.train_views one policy"
+        )
 
 
 def refuse_accumulation(module: pl.LightningModule, why: str) -> None:

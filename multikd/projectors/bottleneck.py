@@ -61,7 +61,9 @@ def to_map(features: TokenFeatures, grid: Grid | None = None) -> Tensor:
     if features.patches is None or features.grid is None:
         raise ValueError("a map needs patch features with a grid, received none")
     h, w = features.grid
-    found = features.patches.transpose(1, 2).unflatten(2, (h, w))
+    found = features.patches.transpose(1, 2)
+    found = found.reshape(*found.shape[:2], h, w)
     if grid is None or (h <= grid[0] and w <= grid[1]):
         return found
-    return functional.adaptive_avg_pool2d(found, (min(h, grid[0]), min(w, grid[1])))
+    pooled: Tensor = functional.adaptive_avg_pool2d(found, (min(h, grid[0]), min(w, grid[1])))
+    return pooled

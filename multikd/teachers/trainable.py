@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,9 @@ class TrainableTeacher(nn.Module):
 
     def _own_classifier(self, width: int) -> nn.Linear | None:
         model = self.encoder.model
-        layer = model.get_classifier() if hasattr(model, "get_classifier") else None
+        layer = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
         plain = isinstance(layer, nn.Linear) and layer.in_features == width
-        if not plain or layer.bias is None:
-            return None
-        return cast(nn.Linear, layer)
+        return layer if plain and layer.bias is not None else None  # type: ignore[union-attr]
 
     # ------------------------------------------------------------------ what it is
 
