@@ -190,7 +190,7 @@ def _classifier(written: Written) -> list[str]:
     names, classes = written.classifier["teachers"], written.classifier["classes"]
     return [
         "## The shared classifier\n\nThe student was trained to be read by the classifier of "
-        f"{', '.join(names)}, through a projector ({classes} classes). timm alone holds the encoder; "
+        f"{', '.join(names)}, through a projector ({classes} classes). timm holds the encoder; "
         "`student_classifier.py` adds the rest and needs torch and timm:\n\n"
         "```python\nimport sys\n\nfrom PIL import Image\n\n"
         'sys.path.insert(0, "PATH")\nimport student_classifier\n\n'

@@ -65,8 +65,6 @@ from multikd.students import StudentEncoder
 from multikd.teachers.trainable import TrainableTeacher
 from multikd.types import Batch, TokenFeatures
 
-_REACH = 0.01  # ε·‖g‖, as published
-
 
 class Influence(NamedTuple):
     """What one batch says of the teacher.
@@ -97,6 +95,8 @@ class InfluenceModule(Resumable):
         temperature: τ.
         influence_rate: η; null: the student's present learning rate. (The published code takes
             the teacher's.)
+        reach: ε·‖g‖, how far the finite difference looks to either side. Published: 0.01; its error
+            falls with the square.
         exact: the mixed second derivative by double backward, in place of the finite difference;
             for small models.
         held_out_batch: images of a held-out batch on each process; null: ``data.batch_size``.
@@ -116,6 +116,7 @@ class InfluenceModule(Resumable):
         teacher_alpha: float = 0.4,
         temperature: float = 1.0,
         influence_rate: float | None = None,
+        reach: float = 0.01,
         exact: bool = False,
         held_out_batch: int | None = None,
         optimizer: OptimizerCallable | None = None,
@@ -135,6 +136,8 @@ class InfluenceModule(Resumable):
             )
         if influence_rate is not None and not 0.0 <= influence_rate < float("inf"):
             raise ValueError(f"influence_rate must be 0 or more, received {influence_rate}")
+        if not 0.0 < reach < float("inf"):
+            raise ValueError(f"reach must be above 0 and finite, received {reach}")
         if held_out_batch is not None and held_out_batch < 1:
             raise ValueError(f"held_out_batch must be 1 or more, received {held_out_batch}")
         if student.num_classes != teacher.num_classes:
@@ -150,6 +153,7 @@ class InfluenceModule(Resumable):
         self.alpha, self.teacher_alpha = alpha, teacher_alpha
         self.temperature = temperature
         self.influence_rate = influence_rate
+        self.reach = reach
         self.exact = exact
         self.held_out_batch = held_out_batch
         self.optimizer_factory = optimizer
@@ -247,7 +251,7 @@ class InfluenceModule(Resumable):
         self, batch: Batch, direction: Mapping[str, Tensor], taught: Tensor, draws: int
     ) -> tuple[Tensor, Tensor]:
         """A scalar whose gradient in φ is I, by a central difference; and the images'."""
-        epsilon = _REACH / _norm(direction).clamp(min=1e-30)
+        epsilon = self.reach / _norm(direction).clamp(min=1e-30)
         images, sides = to_float(batch.views[0]), []
         own = dict(self.student.named_parameters())
         for sign in (1.0, -1.0):
@@ -276,8 +280,8 @@ class InfluenceModule(Resumable):
 
         lead = slope(mean_real(self.teacher_losses(taught, logits, batch.labels), batch))
         # Of each image: the slope of Σ u_i ℓ_i is linear in u.
-        weights = torch.ones(len(batch), device=logits.device, requires_grad=True)
         lessons = divergence(taught.detach(), logits, self.temperature)
+        weights = torch.ones_like(lessons).requires_grad_()
         (samples,) = torch.autograd.grad(slope((weights * lessons).sum()), weights)
         return lead, samples
 
