@@ -500,9 +500,10 @@ class DistillationModule(pl.LightningModule):
             # Of every teacher on every rank, in one order: where it does not run, of no image.
             counts = {f"val/loss/{n}": count if n in values else 0 for n in self.teacher_names}
             logged = {f"val/loss/{n}": value for n, value in values.items()} | {"val/loss": total}
-            # Weighted with the real images: a batch that only pads a rank counts nothing.
+            # Weighted with the real images: a batch that only pads a rank counts nothing. Times the
+            # ranks, since Lightning takes the mean over them of these integers, rounded down.
             for key, size in {**counts, "val/loss": count}.items():
-                value = logged.get(key, torch.zeros_like(total))
+                value, size = logged.get(key, torch.zeros_like(total)), size * self._ranks()
                 self.log(key, value, batch_size=size, sync_dist=True, add_dataloader_idx=False)
         features = self(batch.views[0])
         return {
@@ -624,6 +625,9 @@ class DistillationModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
 
+    def _ranks(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
     def _move_average(self, *_: Any) -> None:
         if self.average is not None and not self.skip_step:
             self.average.update(self.student)
@@ -651,7 +655,7 @@ class DistillationModule(pl.LightningModule):
                 value = means.pop(f"epoch/loss/{name}")
                 self.log(
                     f"epoch/loss/{name}", value, on_step=False, on_epoch=True, sync_dist=True,
-                    batch_size=size,
+                    batch_size=size * self._ranks(),
                 )  # fmt: skip
         means["epoch/loss"] = record.total
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
