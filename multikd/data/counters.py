@@ -26,6 +26,7 @@ class Stream(IntEnum):
     LIVE_VIEW = 4
     RECORDED_VIEW = 5
     HELD_OUT = 16
+    VIEW = 6
 
 
 def raw_words(

@@ -20,8 +20,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from multikd.data.claims import TeacherData, claims
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
+from multikd.distributed import rank
 from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder, NoLadder
@@ -31,7 +33,9 @@ from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
 from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.shift import view_shift
 from multikd.losses.term import Term, nothing_of
+from multikd.modules.allotment import Allotment, allot, allotted_targets, anchored
 from multikd.modules.ema import StudentAverage
+from multikd.modules.partition import Partition, check_told, load_own
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
     GRADIENTS_KEY,
@@ -76,6 +80,9 @@ class DistillationModule(pl.LightningModule):
             the run needs no ``teachers``.
         teacher_view: which of several training views the teachers see while the student learns
             from each of the others; null: each learns from what both see.
+        view_weights: weight of each training view's loss, scaled to a mean of 1; null: equal.
+        teacher_data: whose the images of ``data.train``'s data sets are (``multikd.data.claims``).
+        partition: groups of teachers; rank r loads and runs those of group r mod G only.
         target_grid: on which patch grid prediction and target meet: the ``teacher``'s, the
             ``student``'s, or the ``smaller`` of the two.
         optimizer: makes the optimiser from parameter groups; its ``lr`` is that of a batch of
@@ -110,6 +117,9 @@ class DistillationModule(pl.LightningModule):
         validate_losses: bool = True,
         compile_student: bool = False,
         curriculum: Curriculum | None = None,
+        view_weights: list[float] | None = None,
+        teacher_data: TeacherData | None = None,
+        partition: list[list[str]] | None = None,
     ) -> None:
         super().__init__()
         check_names(teachers, terms or {})
@@ -144,7 +154,8 @@ class DistillationModule(pl.LightningModule):
             else NoLadder(student.widths)
         )
         check_trained(self.ladder_names, terms or {})
-        student.freeze_unreached(False, tokens_read(self.ladder, projected.values()), self.reads)
+        self._tokens = tokens_read(self.ladder, projected.values())
+        student.freeze_unreached(False, self._tokens, self.reads)
         factory = normalizers or EMAStandardizers()
         self.normalizers = nn.ModuleDict(
             {name: factory.for_teacher(name, teachers[name].widths) for name in projected}
@@ -160,6 +171,21 @@ class DistillationModule(pl.LightningModule):
         if projected:
             self.balancer.bind(self.ladder_names)
         self.teacher_view = teacher_view
+        self.view_weights = checked_weights(view_weights)
+        self.teacher_data: TeacherData | None = teacher_data
+        self.claims: dict[str, frozenset[int]] | None = None  # known when the data are
+        self.partition = None if partition is None else Partition(partition, self.teacher_names)
+        if self.partition is not None and getattr(self.dropper, "by_default", False):
+            self.dropper.normalize = "teacher"
+        shared_out = self.teacher_data is not None or self.partition is not None
+        if shared_out and (
+            any(term.uses_teachers for term in (terms or {}).values()) or curriculum is not None
+        ):
+            raise ValueError(
+                "terms and curricula that compare with teachers need every image to be every "
+                "teacher's, on every rank: leave teacher_data and partition out, or those terms"
+            )
+        self._told: dict[str, str] = {}  # fingerprints, some of them of other ranks' teachers
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
         self.lr_batch = lr_batch
@@ -218,7 +244,12 @@ class DistillationModule(pl.LightningModule):
         return output.features
 
     def targets(
-        self, batch: Batch, images: Tensor, view: int, names: Sequence[str]
+        self,
+        batch: Batch,
+        images: Tensor,
+        view: int,
+        names: Sequence[str],
+        allotment: Allotment | None = None,
     ) -> dict[str, TokenFeatures]:
         """Teacher features of one view: from the batch where a cache served them, else live."""
         if view == 0 and batch.cached is not None:
@@ -228,8 +259,14 @@ class DistillationModule(pl.LightningModule):
                     f"the feature cache holds {', '.join(sorted(batch.cached))} and lacks "
                     f"{', '.join(missing)}: delete its folder to compute it anew"
                 )
-            return {name: batch.cached[name] for name in names}
+            if allotment is None:
+                return {name: batch.cached[name] for name in names}
         with shared_sizes():
+            if allotment is not None:
+                patch = self.student.spec.patch_size
+                return allotted_targets(
+                    allotment, batch, images, view == 0, self.teacher, self.run_teacher, patch
+                )
             return {name: self.run_teacher(name, images) for name in names}
 
     def run_teacher(self, name: str, images: Tensor) -> TokenFeatures:
@@ -257,13 +294,14 @@ class DistillationModule(pl.LightningModule):
     ) -> tuple[Tensor, StepRecord]:
         """Loss of one view of a batch, and the record of how it came about."""
         images = to_float(batch.views[view])
-        ran = self.teacher_names
+        ran = self.here()
         if training and ran:
             ran = self.dropper.select(self._step_number(batch_idx))
+        allotment = self._allot(batch, ran, images) if training else None
         output: StudentOutput = self.student(images)
         seen = view if self.teacher_view is None or not training else self.teacher_view
         shown = images if seen == view else to_float(batch.views[seen])
-        targets = self.targets(batch, shown, seen, ran)
+        targets = self.targets(batch, shown, seen, ran, allotment)
         names = tuple(name for name in ran if name in self.ladder_names)
         shift = None if seen == view else view_shift(batch, view, seen)
         student_grids = [rung.grid for rung in output.rungs if rung.grid is not None]
@@ -272,7 +310,8 @@ class DistillationModule(pl.LightningModule):
             name: targets[name].places_grid or self._grid(student_grids, targets[name].grid)
             for name in names
         }
-        predictions = self.ladder(output.rungs, grids, names)
+        present = names if allotment is None else allotment.present
+        predictions = self.ladder(output.rungs, grids, present)
         rows: list[Tensor] = []
         norms: dict[str, Tensor] = {"student": mean_norm(output.features.summary)}
         for name in names:
@@ -282,9 +321,19 @@ class DistillationModule(pl.LightningModule):
             target = on_grid(normalizer(raw), grids[name])
             if training:
                 normalizer.update(raw)
-            extra = {"shift": shift} if self.losses[name].uses_shift else {}
-            prediction = at_places(predictions[name], raw)
-            rows.append(self.losses[name](prediction, target, batch, **extra))
+            if allotment is None:
+                own, prediction, moved = batch, predictions[name], shift
+            else:
+                own, prediction = (
+                    allotment.own(name, batch),
+                    allotment.prediction(name, predictions, target),
+                )
+                moved = None if shift is None else allotment.part(name, shift)
+            extra = {"shift": moved} if self.losses[name].uses_shift else {}
+            loss = self.losses[name](at_places(prediction, raw), target, own, **extra)
+            rows.append(loss if allotment is None else allotment.spread(name, loss))
+            if name not in present:
+                continue
             norms[f"prediction/{name}"] = mean_norm(
                 predictions[name].summary, predictions[name].patches
             )
@@ -295,20 +344,29 @@ class DistillationModule(pl.LightningModule):
         if training and self.curriculum is not None:
             counted, scale = self.curriculum(targets, counted, self._progress())
         if training and names:
-            keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
-            keep = torch.where(counted, keep, 0.0)
-            lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
+            judged, counts, means = losses.detach(), counted, losses.mean(dim=1)
+            if allotment is not None:
+                belongs = allotment.belongs()
+                counts = counted & belongs
+                # So that an image's hardest teacher is one of its own.
+                judged = torch.where(belongs, judged, -torch.inf)
+                means = allotment.means(judged, belongs)
+            keep = self.dropper.keep(judged, batch.positions, self.current_epoch, names)
+            keep = torch.where(counts, keep, 0.0)
+            lambdas, regulariser = self.balancer(means, names)
             total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
             if self.keeps_parts:
                 self._keep_parts(names, losses, weights)
             if scale is not None and self.dropper.normalize == "image":
                 total = total * scale  # with `batch`, what is kept is the divisor already
             total = total + regulariser
+            if allotment is not None:
+                total = total + anchored(output, self._tokens)
         else:
             keep = torch.ones_like(losses)
             lambdas = torch.ones(len(names), device=losses.device)
             total = losses.mean() if names else losses.sum()
-        absent = [name for name in self.ladder_names if training and name not in names]
+        absent = [name for name in self.ladder_names if training and name not in present]
         if absent:
             total = total + self.ladder.unused_zero(absent)
             if not names:  # nor was there anything to balance
@@ -330,8 +388,21 @@ class DistillationModule(pl.LightningModule):
             terms=terms,
             keys=batch.keys,
             norms=norms,
+            images=None if allotment is None else allotment.images,
         )
         return total, record
+
+    def here(self) -> tuple[str, ...]:
+        """The teachers that this rank runs: all of them without a partition."""
+        if self.partition is None:
+            return self.teacher_names
+        return self.partition.here(rank() if self._trainer is None else self.global_rank)
+
+    def _allot(self, batch: Batch, names: Sequence[str], images: Tensor) -> Allotment | None:
+        """Who gets what; None where every image is every teacher's, on every rank."""
+        if self.claims is None and self.partition is None:
+            return None
+        return allot(batch, names, self.claims, self.here(), images.device)
 
     def _keep_parts(self, names: Sequence[str], losses: Tensor, weights: Tensor) -> None:
         parts = torch.where(weights > 0, weights * losses, 0.0).mean(dim=1)
@@ -372,12 +443,22 @@ class DistillationModule(pl.LightningModule):
         losses, records = [], []
         self.kept_parts = {}
         for view in self.student_views(len(batch.views)):
-            loss, record = self.step(batch, view, batch_idx, training=True)
-            losses.append(loss)
+            number = view if batch.view_numbers is None else batch.view_numbers[view]
+            shown = batch.first(len(batch.views[view]))
+            loss, record = self.step(shown, view, batch_idx, training=True)
+            losses.append(loss if self.view_weights is None else loss * self._view_weight(number))
             records.append(record)
-            self._log_step(record, len(batch))
+            self._log_step(record, len(shown))
+            if len({seen.shape[-1] for seen in batch.views}) > 1 or batch.view_numbers is not None:
+                side = batch.views[view].shape[-1]
+                self.log(f"train/loss_at/{side}", record.total, batch_size=len(shown))
         self.last_records = tuple(records)
         return torch.stack(losses).mean()
+
+    def _view_weight(self, number: int) -> float:
+        weights = self.view_weights or []
+        chosen = [weights[view] for view in self.student_views(len(weights))]
+        return weights[number] * len(chosen) / sum(chosen)
 
     def student_views(self, count: int) -> list[int]:
         """Which of ``count`` views the student learns from: all but the teachers' own.
@@ -392,6 +473,16 @@ class DistillationModule(pl.LightningModule):
                 "data.train_views to a list of two or more, of which it is one (from 0 on)"
             )
         return views
+
+    def setup(self, stage: str) -> None:
+        """Learn whose the data are; of a partition's teachers load those that this rank runs."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ShardDataModule):
+            self.claims = claims(data.mixture(), self.teacher_names, self.teacher_data)
+        if self.partition is not None and stage == "fit":
+            self.partition.check_ranks(self.trainer.world_size)
+            teachers = {name: self.teacher(name) for name in self.teacher_names}
+            self._told = load_own(teachers, self.here())
 
     def on_train_start(self) -> None:
         """After a checkpoint was restored: read the seed from its device, once; go on inside an
@@ -457,9 +548,14 @@ class DistillationModule(pl.LightningModule):
             total = torch.stack(list(values.values()) or [record.total.new_zeros(())]).mean()
             for name, term in record.terms.items():
                 total = total + cast(Term, self.terms[name]).weight * _mean_of(term, real)
+            # Of every teacher on every rank, in one order: where it does not run, of no image.
+            counts = {f"val/loss/{n}": count if n in values else 0 for n in self.teacher_names}
             logged = {f"val/loss/{n}": value for n, value in values.items()} | {"val/loss": total}
-            # Weighted with the real images: a batch that only pads a rank counts nothing.
-            self.log_dict(logged, batch_size=count, sync_dist=True, add_dataloader_idx=False)
+            # Weighted with the real images: a batch that only pads a rank counts nothing. Times the
+            # ranks, since Lightning takes the mean over them of these integers, rounded down.
+            for key, size in {**counts, "val/loss": count}.items():
+                value, size = logged.get(key, torch.zeros_like(total)), size * self._ranks()
+                self.log(key, value, batch_size=size, sync_dist=True, add_dataloader_idx=False)
         features = self(batch.views[0])
         return {
             "features": features,
@@ -495,6 +591,8 @@ class DistillationModule(pl.LightningModule):
         if math.isfinite(batches):
             views = getattr(getattr(self.trainer, "datamodule", None), "train_views", [None])
             steps = max(len(views) - (self.teacher_view is not None), 1)
+            if getattr(getattr(self.trainer, "datamodule", None), "view_mode", None) == "alternate":
+                steps = 1
             for name in self.ladder_names:
                 self.normalizer(name).set_total_steps(max(int(batches) * steps, 1))
 
@@ -502,6 +600,11 @@ class DistillationModule(pl.LightningModule):
         """Under ``ModelParallelStrategy`` (FSDP2), shard whatever is trained, and its average."""
         if self.device_mesh is None:
             return
+        if self.partition is not None:
+            raise ValueError(
+                "partition divides teachers over the ranks of DDP, where every rank has the whole "
+                "student: set trainer.strategy to ddp, or leave partition out"
+            )
         parts = [self.student, self.ladder, self.balancer, *self.losses.values()]
         parts += self.terms.values()
         if self.average is not None:
@@ -510,6 +613,8 @@ class DistillationModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
+        if self._told:
+            check_told(self._told, checkpoint.get("teachers"), self.teacher_names)
         data = getattr(self._trainer, "datamodule", None)
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if not isinstance(data, ShardDataModule) or loops is None:
@@ -535,7 +640,7 @@ class DistillationModule(pl.LightningModule):
                 "encoder": self.teacher(name).spec.name,
                 "licence": self.teacher(name).spec.licence,
                 "source": self.teacher(name).spec.source,
-                "fingerprint": self.teacher(name).fingerprint(),
+                "fingerprint": self._told.get(name) or self.teacher(name).fingerprint(),
             }
             for name in self.teacher_names
         }
@@ -571,6 +676,9 @@ class DistillationModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
 
+    def _ranks(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
     def _move_average(self, *_: Any) -> None:
         if self.average is not None and not self.skip_step:
             self.average.update(self.student)
@@ -592,8 +700,14 @@ class DistillationModule(pl.LightningModule):
         """Log every term, weight, share and norm as device tensors: no synchronisation here."""
         self.log("train/loss", record.total, prog_bar=True, batch_size=batch_size)
         self.log_dict(record.values(), batch_size=batch_size)
-        per_teacher = record.losses.mean(dim=1)
-        means = {f"epoch/loss/{name}": per_teacher[i] for i, name in enumerate(record.names)}
+        means = {f"epoch/loss/{n}": value for n, value in record.mean(record.losses).items()}
+        if record.images is not None:  # each weighted with its own images
+            for name, size in record.images.items():
+                value = means.pop(f"epoch/loss/{name}")
+                self.log(
+                    f"epoch/loss/{name}", value, on_step=False, on_epoch=True, sync_dist=True,
+                    batch_size=size * self._ranks(),
+                )  # fmt: skip
         means["epoch/loss"] = record.total
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
 
@@ -666,6 +780,21 @@ def tokens_read(ladder: Ladder, widths: Iterable[Widths]) -> set[TokenType]:
     ):
         return set(TOKEN_TYPES)  # other kinds may mix them
     return {t for w in widths for t, width in zip(TOKEN_TYPES, w, strict=True) if width is not None}
+
+
+def checked_weights(weights: list[float] | None) -> list[float] | None:
+    """Weights of views as they are given.
+
+    Raises:
+        ValueError: one below 0, or none above.
+    """
+    if weights is not None and (
+        not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0
+    ):
+        raise ValueError(
+            f"view_weights must be 0 or more and one of them above, received {weights}"
+        )
+    return weights
 
 
 def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
