@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from multikd.ablation.estimate import estimate
 from multikd.ablation.execute import Processes, Slurm, parse_slurm
 from multikd.ablation.leaderboard import build_leaderboard
-from multikd.ablation.overrides import get
+from multikd.runs.overrides import get
 from multikd.ablation.plan import Planner, Run
 from multikd.ablation.present import terminal, write_all
 from multikd.ablation.stages import planned_runs, stages

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from multikd.ablation.overrides import get
+from multikd.runs.overrides import get
 from multikd.ablation.plan import Planner, Run
 from multikd.ablation.stages import planned_runs
 from multikd.fit import build_cli, parse_config, without_known_noise
