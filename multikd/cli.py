@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_evaluate(commands)
     _add_ablate(commands)
+    _add_stages(commands)
     _add_export(commands)
     _add_plan(commands)
     _add_configs(commands)
@@ -464,6 +465,35 @@ def _add_ablate(commands: Any) -> None:
     _json_argument(parser)
 
 
+def _add_stages(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "stages",
+        _stages,
+        "run a chain of trainings, each of which builds on what earlier ones exported",
+        "examples:\n"
+        "  multikd stages born_again --out chain/ --dry-run\n"
+        "  multikd stages born_again --out chain/\n"
+        "  multikd stages mine.yaml --out chain/ --set data.train=shards/ --set first:model.lr_batch=null\n"
+        "\n`multikd configs chains/born_again` prints a chain to start from. Each stage is an ordinary\n"
+        "`multikd fit` in DIR/STAGE, then an export to DIR/STAGE/export, which later stages name as\n"
+        "{stage:STAGE}. The same command goes on where it was stopped.\n",
+    )
+    parser.add_argument("chain", metavar="CHAIN", help="YAML file, or the name of a shipped chain")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[STAGE:]KEY=VALUE",
+        help="a setting of every stage, or of one (trainer.max_epochs=2); may be repeated",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build every stage from shapes alone, do nothing"
+    )
+    _json_argument(parser)
+
+
 class _ListFormats(argparse.Action):
     """Like ``--version``: it needs no other argument."""
 
@@ -780,6 +810,15 @@ def _ablate(arguments: argparse.Namespace) -> int:
     return _finish(text, figures, arguments.json)
 
 
+def _stages(arguments: argparse.Namespace) -> int:
+    from multikd.stages.commands import StagesSettings, run_stages
+
+    take_over_lightning()
+    settings = StagesSettings(arguments.out, tuple(arguments.set), arguments.dry_run)
+    text, figures = run_stages(arguments.chain, settings)
+    return _finish(text, figures, arguments.json)
+
+
 def _teachers_stats(arguments: argparse.Namespace) -> int:
     from multikd.teacher_statistics import run_stats
 
@@ -826,8 +865,10 @@ def _export(arguments: argparse.Namespace) -> int:
 def _configs(arguments: argparse.Namespace) -> int:
     from multikd.shipped import (
         find_config,
+        shipped_chains,
         shipped_configs,
         shipped_fragments,
+        shipped_searches,
         shipped_studies,
         shipped_tasks,
     )
@@ -837,6 +878,8 @@ def _configs(arguments: argparse.Namespace) -> int:
         stem = arguments.name.removesuffix(".yaml")
         others = fragments | {f"tasks/{name}": path for name, path in shipped_tasks().items()}
         others |= {f"studies/{name}": path for name, path in shipped_studies().items()}
+        others |= {f"chains/{name}": path for name, path in shipped_chains().items()}
+        others |= {f"sizes/{name}": path for name, path in shipped_searches().items()}
         path = others[stem] if stem in others else find_config(arguments.name)
         print(path.read_text(encoding="utf-8"), end="")
         return 0
@@ -848,6 +891,12 @@ def _configs(arguments: argparse.Namespace) -> int:
         print(f"  {name:<28} {_first_line(path)}")
     print("\nstudies, for `multikd ablate NAME` (`multikd configs studies/NAME`):")
     for name, path in shipped_studies().items():
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\nchains, for `multikd stages NAME` (`multikd configs chains/NAME`):")
+    for name, path in shipped_chains().items():
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\nsearches, for `multikd sizes NAME` (`multikd configs sizes/NAME`):")
+    for name, path in shipped_searches().items():
         print(f"  {name:<28} {_first_line(path)}")
     print("\nfragments, for `--model.teachers.NAME=FRAGMENT` and `--model.student=FRAGMENT`:")
     for name, path in fragments.items():
