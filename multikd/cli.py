@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_ablate(commands)
     _add_stages(commands)
+    _add_pseudolabel(commands)
     _add_export(commands)
     _add_plan(commands)
     _add_configs(commands)
@@ -494,6 +495,29 @@ def _add_stages(commands: Any) -> None:
     _json_argument(parser)
 
 
+def _add_pseudolabel(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "pseudolabel",
+        _pseudolabel,
+        "label shards with the teachers of a config, and write what they are sure of as new shards",
+        "examples:\n"
+        "  multikd pseudolabel --config mine.yaml --data unlabelled/ --out labelled/ --threshold 0.9\n"
+        "  multikd fit --config mine.yaml --data.train='{few: {urls: few/}, pseudo: {urls: labelled/}}'\n"
+        "\nThe teachers need classifiers (`multikd teachers fit-head`). Every sample of the new shards\n"
+        "has soft labels, the mean of the teachers' probabilities; true labels of the images are used\n"
+        "for the report alone. Run again after an interruption: finished shards are kept.\n",
+    )
+    parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="the images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the new shards")
+    parser.add_argument(
+        "--threshold", type=float, default=0.9, help="least confidence (default: 0.9)"
+    )
+    parser.add_argument("--teachers", default="", metavar="A,B", help="only these (default: all)")
+    _json_argument(parser)
+    parser.set_defaults(passes_settings_on=True)
+
+
 class _ListFormats(argparse.Action):
     """Like ``--version``: it needs no other argument."""
 
@@ -816,6 +840,17 @@ def _stages(arguments: argparse.Namespace) -> int:
     take_over_lightning()
     settings = StagesSettings(arguments.out, tuple(arguments.set), arguments.dry_run)
     text, figures = run_stages(arguments.chain, settings)
+    return _finish(text, figures, arguments.json)
+
+
+def _pseudolabel(arguments: argparse.Namespace) -> int:
+    from multikd.pseudolabels.commands import PseudolabelSettings, run_pseudolabel
+
+    _needs_run(arguments, "pseudolabel", "asked")
+    take_over_lightning()
+    names = tuple(_names(arguments.teachers))
+    asked = PseudolabelSettings(arguments.data, arguments.out, arguments.threshold, names)
+    text, figures = run_pseudolabel(arguments.settings, asked)
     return _finish(text, figures, arguments.json)
 
 

@@ -32,7 +32,7 @@ LAYERS: list[set[str]] = [
     {"export"},
     {"retention"},
     {"plan"},
-    {"runs"},
+    {"runs", "pseudolabels"},
     {"ablation", "stages", "sizes"},
     {"demo"},
     {"cli"},

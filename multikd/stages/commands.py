@@ -105,7 +105,7 @@ def _told(
                 **{f"{task}": _shown(entry) for task, entry in scores.items()},
             }
         )
-    text = text_table(rows, "stages of " + str(chain.path))
+    text = text_table(rows, f"stages of {chain.path.stem}")
     if dry:
         return f"{text}\nnothing was written", {"stages": entries}
     last = entries[-1]
