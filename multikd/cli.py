@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_ablate(commands)
     _add_stages(commands)
+    _add_sizes(commands)
     _add_pseudolabel(commands)
     _add_export(commands)
     _add_plan(commands)
@@ -475,10 +476,10 @@ def _add_stages(commands: Any) -> None:
         "examples:\n"
         "  multikd stages born_again --out chain/ --dry-run\n"
         "  multikd stages born_again --out chain/\n"
-        "  multikd stages mine.yaml --out chain/ --set data.train=shards/ --set first:model.lr_batch=null\n"
-        "\n`multikd configs chains/born_again` prints a chain to start from. Each stage is an ordinary\n"
-        "`multikd fit` in DIR/STAGE, then an export to DIR/STAGE/export, which later stages name as\n"
-        "{stage:STAGE}. The same command goes on where it was stopped.\n",
+        "  multikd stages mine.yaml --out chain/ --set data.train=shards/ --set first:seed=1\n"
+        "\n`multikd configs chains/born_again` prints a chain to start from. Each stage is an\n"
+        "ordinary `multikd fit` in DIR/STAGE, then an export to DIR/STAGE/export, which later\n"
+        "stages name as {stage:STAGE}. The same command goes on where it was stopped.\n",
     )
     parser.add_argument("chain", metavar="CHAIN", help="YAML file, or the name of a shipped chain")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -495,6 +496,32 @@ def _add_stages(commands: Any) -> None:
     _json_argument(parser)
 
 
+def _add_sizes(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sizes",
+        _sizes,
+        "find the smallest student that is as good as larger ones, within a budget of this device",
+        "examples:\n"
+        "  multikd sizes resnets --out sizes/ --dry-run      measure, train nothing\n"
+        "  multikd sizes resnets --out sizes/\n"
+        "\n`multikd configs sizes/resnets` prints a search to start from. Latency and memory of every\n"
+        "size are measured here first; those within the budget are trained from the smallest up,\n"
+        "until the score levels off. The same command goes on where it was stopped.\n",
+    )
+    parser.add_argument("search", metavar="SEARCH", help="YAML file, or a shipped search's name")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of every run (trainer.max_epochs=2); may be repeated",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure costs alone")
+    _json_argument(parser)
+
+
 def _add_pseudolabel(commands: Any) -> None:
     parser = _command(
         commands,
@@ -502,11 +529,12 @@ def _add_pseudolabel(commands: Any) -> None:
         _pseudolabel,
         "label shards with the teachers of a config, and write what they are sure of as new shards",
         "examples:\n"
-        "  multikd pseudolabel --config mine.yaml --data unlabelled/ --out labelled/ --threshold 0.9\n"
-        "  multikd fit --config mine.yaml --data.train='{few: {urls: few/}, pseudo: {urls: labelled/}}'\n"
-        "\nThe teachers need classifiers (`multikd teachers fit-head`). Every sample of the new shards\n"
-        "has soft labels, the mean of the teachers' probabilities; true labels of the images are used\n"
-        "for the report alone. Run again after an interruption: finished shards are kept.\n",
+        "  multikd pseudolabel --config mine --data unlabelled/ --out labelled/ --threshold 0.9\n"
+        "  multikd fit --config mine --data.train='{few: {urls: few/}, many: {urls: labelled/}}'\n"
+        "\nThe teachers need classifiers (`multikd teachers fit-head`). Every sample of the new\n"
+        "shards has soft labels, the mean of the teachers' probabilities; true labels of the\n"
+        "images are used for the report alone. Run again after an interruption: finished shards\n"
+        "are kept.\n",
     )
     parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="the images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the new shards")
@@ -840,6 +868,15 @@ def _stages(arguments: argparse.Namespace) -> int:
     take_over_lightning()
     settings = StagesSettings(arguments.out, tuple(arguments.set), arguments.dry_run)
     text, figures = run_stages(arguments.chain, settings)
+    return _finish(text, figures, arguments.json)
+
+
+def _sizes(arguments: argparse.Namespace) -> int:
+    from multikd.sizes.commands import SizesSettings, run_sizes
+
+    take_over_lightning()
+    settings = SizesSettings(arguments.out, tuple(arguments.set), arguments.dry_run)
+    text, figures = run_sizes(arguments.search, settings)
     return _finish(text, figures, arguments.json)
 
 

@@ -45,7 +45,8 @@ def decode_soft(members: Mapping[str, bytes]) -> Soft | None:
             raise ValueError("they do not sum to 1")
     except (ValueError, OSError, EOFError) as error:
         raise SampleFault("bad label", f"{SOFT}: expected probabilities, {error}") from error
-    return row / row.sum(dtype=np.float32)
+    row /= row.sum(dtype=np.float32)
+    return row
 
 
 def stack_soft(rows: Sequence[Soft | None], labels: Sequence[int]) -> Tensor | None:

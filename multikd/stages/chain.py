@@ -179,7 +179,7 @@ def in_order(stages: list[Stage], path: Path) -> list[Stage]:
                 raise unknown_name(
                     "kind", kind, KINDS, f"(of {{stage:{other}:…}} in {stage.name!r} of {path})"
                 )
-    left, done = list(stages), []
+    left, done = list(stages), list[Stage]()
     while left:
         have = {stage.name for stage in done}
         ready = next((s for s in left if {n for n, _ in s.references()} <= have), None)

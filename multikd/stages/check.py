@@ -21,11 +21,12 @@ from multikd.backbones.weights import load_weights
 from multikd.data.module import ShardDataModule
 from multikd.export.card import CardFacts
 from multikd.export.timm_folder import timm_config
-from multikd.fit import build_cli, parse_config, without_known_noise
+from multikd.fit import build_cli, without_known_noise
 from multikd.runs.overrides import get
 from multikd.stages.chain import Chain, Stage
 from multikd.stages.plan import places_in, stage_config, starts_from
 from multikd.students import StudentEncoder
+from multikd.types import Widths
 
 log = logging.getLogger(__name__)
 # Shapes alone are asked for: neither GPUs nor other processes, and nothing is logged.
@@ -48,7 +49,7 @@ class StageShape:
 
     student: str
     parameters: int
-    widths: tuple[int | None, int | None]
+    widths: Widths
     teachers: tuple[str, ...]
     needs: tuple[str, ...]
     epochs: int | None
@@ -78,7 +79,6 @@ def check_chain(chain: Chain, out: Path, data: bool = True) -> dict[str, StageSh
             config = stage_config(chain, stage, out, places)
             try:
                 _check_files(config, root)
-                parse_config(config)
                 student, shapes[stage.name] = _build(config, stage, data)
                 first = starts_from(chain, stage)
                 if first is not None and student is not None:
@@ -112,12 +112,13 @@ def _check_files(config: dict[str, Any], root: str) -> None:
                     f"{key} names the export {str(folder)!r}, which is not there: give a folder "
                     "that `multikd export` wrote, or {stage:NAME} for that of another stage"
                 )
-        elif key.endswith(".checkpoint") and not value.startswith(root):
-            if not Path(value).exists():
-                raise ValueError(
-                    f"{key} names {value!r}, which is not there: give a weight file, or "
-                    "{stage:NAME} for the export of another stage"
-                )
+        elif (
+            key.endswith(".checkpoint") and not value.startswith(root) and not Path(value).exists()
+        ):
+            raise ValueError(
+                f"{key} names {value!r}, which is not there: give a weight file, or "
+                "{stage:NAME} for the export of another stage"
+            )
 
 
 def _strings(value: Any, key: str) -> list[tuple[str, str]]:
@@ -148,7 +149,7 @@ def _build(
     shape = StageShape(
         student="several" if student is None else student.spec.name,
         parameters=sum(p.numel() for p in (student or module).parameters()),
-        widths=(None, None) if student is None else tuple(student.feature_widths),
+        widths=Widths(None, None) if student is None else student.feature_widths,
         teachers=tuple(getattr(module, "teacher_names", ())),
         needs=tuple(dict.fromkeys(name for name, _ in stage.references())),
         epochs=None if steps else epochs,

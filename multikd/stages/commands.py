@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from multikd.config_files import parse_yaml
 from multikd.files import file_lock
 from multikd.retention.taskfile import read_task_file
+from multikd.runs.folder import check_place
 from multikd.runs.tables import text_table
 from multikd.stages.chain import Chain, read_chain
 from multikd.stages.check import StageShape, check_chain
@@ -115,19 +115,6 @@ def _told(
 def _shown(entry: dict[str, Any]) -> str:
     value = float(entry["value"])
     return f"{100 * value:.1f} %" if entry["unit"] == "%" else f"{value:.3f}"
-
-
-def check_place(out: Path) -> None:
-    """Refuse a folder that can't be made or written to.
-
-    Raises:
-        ValueError: it can't.
-    """
-    place = out
-    while not place.exists():
-        place = place.absolute().parent
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"--out {out} can't be written to: name another folder")
 
 
 def split_changes(changes: Sequence[str]) -> dict[str, Any]:
