@@ -505,9 +505,9 @@ def _add_sizes(commands: Any) -> None:
         "examples:\n"
         "  multikd sizes resnets --out sizes/ --dry-run      measure, train nothing\n"
         "  multikd sizes resnets --out sizes/\n"
-        "\n`multikd configs sizes/resnets` prints a search to start from. Latency and memory of every\n"
-        "size are measured here first; those within the budget are trained from the smallest up,\n"
-        "until the score levels off. The same command goes on where it was stopped.\n",
+        "\n`multikd configs sizes/resnets` prints a search to start from. Latency and memory of\n"
+        "every size are measured here first; those within the budget are trained from the\n"
+        "smallest up, until the score levels off. The same command goes on where it stopped.\n",
     )
     parser.add_argument("search", metavar="SEARCH", help="YAML file, or a shipped search's name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from multikd import preflight
 from multikd.backbones import skeleton
@@ -112,8 +112,9 @@ def _with_memory(model: nn.Module) -> nn.Module:
         else:
             tensor.data.zero_()
     for module in model.modules():
-        if getattr(module, "running_var", None) is not None:
-            module.running_var.fill_(1.0)
+        variance = getattr(module, "running_var", None)
+        if isinstance(variance, Tensor):
+            variance.fill_(1.0)
     return model.eval().requires_grad_(False)
 
 
