@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +20,13 @@ from multikd.ablation.plan import Run
 from multikd.ablation.state import StudyFolder
 from multikd.files import disk_is_full, write_text_atomically
 from multikd.redaction import redact
+from multikd.runs.process import stop_with_parent
 from multikd.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
 FULL_DISK = 74  # EX_IOERR: what a worker ends with where there is no room left
-_WATCH_SECONDS = 1.0
 
 
 def write_job(out: Path, tasks: str, data: Sequence[str], hours: float | None) -> None:
@@ -99,18 +98,6 @@ def disk_full(out: Path, name: str = "") -> str:
         f"the disk of {out} is full{at}, {free:.1f} MB are left: what is finished is kept; make "
         "room and give the same command again"
     )
-
-
-def stop_with_parent() -> None:
-    """End this process as soon as the one that started it has gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(argv: Sequence[str]) -> int:
