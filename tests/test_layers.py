@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
         *("teacher_statistics", "cache_command"),
     },
     {"export"},
+    {"published"},
     {"retention"},
     {"plan"},
     {"ablation"},
