@@ -579,14 +579,14 @@ def _add_import(commands: Any) -> None:
         commands,
         "import",
         _import,
-        "turn a published multi-teacher student (UNIC, DUNE, Theia, RADIO, EUPE) into such a folder",
+        "turn a published student (UNIC, DUNE, Theia, RADIO, EUPE) into an export folder",
         "The file is one that you downloaded from its publisher; nothing is fetched, and nothing\n"
-        "in it is run. The folder is what `multikd export` writes: timm loads it, and it serves as\n"
-        "a teacher (`encoder: exported:OUT`) and as a student's start. Its card names the\n"
+        "in it is run. The folder is what `multikd export` writes: timm loads it, and it can be a\n"
+        "teacher (`encoder: exported:OUT`) and a student's start. Its card names the\n"
         "publisher's licence; most of them allow no commercial use.\n\nexamples:\n"
         "  multikd import unic.pth --out unic/\n"
         "  multikd import dune_vitbase14_448.pth --out dune/ --json dune.json\n"
-        "  multikd import c-radio_v3-b_half.pth.tar --out radio/ --image-size 768 --summary siglip2\n",
+        "  multikd import c-radio_v3-b_half.pth.tar --out radio/ --image-size 768\n",
     )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to make")

@@ -52,7 +52,7 @@ def convert(released: Released, kind: Kind, asked: Asked) -> ImportedVit:
     encoder.pop("mask_token", None)
     if not needs(encoder, "patch_embed.proj.weight", "pos_embed", "cls_token"):
         raise other_layout(released, kind)
-    if (kind == "dune") != (registers is not None) and "enc_args" not in released.arguments:
+    if (kind == "dune") != (registers is not None or "enc_args" in released.arguments):
         raise other_layout(released, kind)
     tensors: dict[str, Tensor] = {}
     for key, value in encoder.items():

@@ -75,19 +75,17 @@ def convert(released: Released, asked: Asked) -> ImportedVit:
     ):
         raise other_layout(released, "radio")
     patch = math.isqrt(embedder.shape[1] // 3)
-    if (
-        patch < 1
-        or 3 * patch * patch != embedder.shape[1]
-        or "patch_generator.patch_normalizer" in {key.rpartition(".")[0] for key in generator}
-    ):
+    normed = any(key.startswith("patch_generator.patch_normalizer.") for key in generator)
+    if patch < 1 or 3 * patch * patch != embedder.shape[1] or normed:
         raise other_layout(released, "radio")
-    size = asked.image_size or max(round(IMAGE_SIZE / patch), 1) * patch
+    largest = math.isqrt(table.shape[1]) * patch
+    size = asked.image_size or min(max(round(IMAGE_SIZE / patch), 1) * patch, largest)
     names, first = _class_tokens(released, tokens.shape[0], asked.summary)
     order = [first, *(i for i in range(tokens.shape[0]) if i != first)]
     bias = generator.get("patch_generator.embedder.bias")
     tensors = {
         **{key.replace(".grandma", ".gamma"): value for key, value in found.items()},
-        "patch_embed.proj.weight": embedder.unflatten(1, (3, patch, patch)),
+        "patch_embed.proj.weight": embedder.reshape(-1, 3, patch, patch),
         "patch_embed.proj.bias": torch.zeros(embedder.shape[0]) if bias is None else bias,
         "cls_token": tokens[order[:1]][None],
         "pos_embed": _positions(table, size, patch, released),
@@ -196,7 +194,7 @@ def _class_tokens(
 def _positions(table: Tensor, size: int, patch: int, released: Released) -> Tensor:
     """The table for images of ``size``: ``(1, n·n, D)``."""
     rows = math.isqrt(table.shape[1])
-    if table.ndim != 3 or rows * rows != table.shape[1]:
+    if table.ndim != 3 or table.shape[0] != 1 or rows * rows != table.shape[1]:
         raise other_layout(released, "radio")
     grid = size // patch
     if size % patch or not 0 < grid <= rows:
@@ -206,7 +204,7 @@ def _positions(table: Tensor, size: int, patch: int, released: Released) -> Tens
         )
     if grid == rows:
         return table
-    image = table.float().unflatten(1, (rows, rows)).permute(0, 3, 1, 2)
+    image = table.float().reshape(1, rows, rows, -1).permute(0, 3, 1, 2)
     resampled = functional.interpolate(image, (grid, grid), mode="bilinear", align_corners=False)
     # As published, rounded to the table's own dtype.
     return resampled.to(table.dtype).flatten(2).transpose(1, 2)

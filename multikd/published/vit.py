@@ -36,6 +36,16 @@ class Asked:
     num_heads: int | None = None
     summary: str | None = None
 
+    def __post_init__(self) -> None:
+        """Sizes are counts.
+
+        Raises:
+            ValueError: one is below 1.
+        """
+        for option, value in (("image-size", self.image_size), ("num-heads", self.num_heads)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{option} must be 1 or more, received {value}")
+
 
 @dataclass(frozen=True)
 class ImportedVit:
@@ -104,7 +114,7 @@ def plain_vit(
             f"{path}: a square grid of position embeddings was expected, received {positions} of "
             "them: this release is of another kind"
         )
-    if num_heads < 1 or width % num_heads:
+    if width % num_heads:
         raise ValueError(
             f"{path}: {num_heads} heads do not divide the width of {width}: give --num-heads"
         )
