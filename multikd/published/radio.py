@@ -15,6 +15,8 @@ Read in NVlabs/RADIO (``hubconf.py``, ``radio/radio_model.py``, ``radio/vit_patc
   it is resampled as a whole, bilinearly, without antialiasing;
 - there is no norm behind the last block unless ``model_norm``; LayerScale may be called
   ``grandma``; ``_heads.…`` and ``_feature_projections.…`` are the teachers' and are left out;
+- on the hub (``radio/hf_model.py``, ``hf_hub.py``) it is ``model.safetensors`` with
+  ``radio_model.model.…`` and ``radio_model.input_conditioner.…``, and ``args`` in ``config.json``;
 - ``input_conditioner.norm_mean`` and ``norm_std`` are for images in [0, 1].
 
 A timm ViT has one table of positions: it is resampled here for one image size. In timm every other
@@ -46,6 +48,7 @@ _HEADS = (
     *(("vit_so400m", 16), ("vit_huge", 16), ("vit_bigG", 16), ("vit_giant", 24)),
     *(("dinov2_vits", 6), ("dinov2_vitb", 12), ("dinov2_vitl", 16), ("dinov2_vitg", 24)),
 )
+_NORMALISED = ("_feature_normalizer.", "radio_model.feature_normalizer.")
 # Arguments of the model that shape it and are seen from the tensors, or that shape nothing.
 _KNOWN_ARGUMENTS = frozenset(
     {
@@ -118,7 +121,7 @@ def convert(released: Released, asked: Asked) -> ImportedVit:
 
 def _base_model(released: Released) -> dict[str, Tensor]:
     """The tensors of the encoder; those of a DINOv2 wrapper are under ``inner.``."""
-    found = released.starting("base_model.")
+    found = released.starting("base_model.") or released.starting("radio_model.model.")
     inner = {k[6:]: v for k, v in found.items() if k.startswith("inner.")}
     found = inner or found
     found.pop("mask_token", None)
@@ -127,7 +130,7 @@ def _base_model(released: Released) -> dict[str, Tensor]:
             f"{released.path} holds spectral reparametrised weights: plain ones were expected, as "
             "in NVIDIA's *_half and EMA releases"
         )
-    if released.has("_feature_normalizer."):
+    if any(key.startswith(_NORMALISED) for key in released.tensors):
         raise ValueError(
             f"{released.path} normalises its features behind the encoder (radio_v2.5-h-norm), "
             "which a timm folder cannot hold: import radio_v2.5-h"
@@ -211,8 +214,8 @@ def _positions(table: Tensor, size: int, patch: int, released: Released) -> Tens
 
 
 def _conditioner(released: Released) -> tuple[Triple, Triple]:
-    mean = released.tensors.get("input_conditioner.norm_mean")
-    std = released.tensors.get("input_conditioner.norm_std")
+    own, hub = (released.starting(f"{at}input_conditioner.") for at in ("", "radio_model."))
+    mean, std = ((own or hub).get(name) for name in ("norm_mean", "norm_std"))
     if mean is None or std is None or mean.numel() != 3 or std.numel() != 3:
         return CLIP_MEAN, CLIP_STD
     return _triple(mean), _triple(std)

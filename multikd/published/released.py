@@ -13,6 +13,7 @@ from torch import Tensor
 from multikd.backbones.weights import read_weight_file, tensors_of
 from multikd.errors import unknown_name
 from multikd.published.publishers import PUBLISHERS, Kind
+from multikd.untrusted import read_json
 
 # In front of names after wrapping for several GPUs, and by torch.compile.
 _WRAPPING = ("module.", "_orig_mod.")
@@ -25,7 +26,8 @@ class Released:
     Attributes:
         path: the file.
         tensors: by name, without the names of wrappers.
-        arguments: of the program that trained it; empty where the file has none.
+        arguments: of the program that trained it, from the file or the ``config.json`` beside it;
+            empty where there are none.
     """
 
     path: Path
@@ -60,9 +62,24 @@ def read_released(path: Path) -> Released:
             name = name.removeprefix("module.").removeprefix("_orig_mod.")
         tensors[name.replace("._orig_mod.", ".")] = tensor
     arguments = content.get("args") if isinstance(content, Mapping) else None
+    if arguments is None and path.suffix == ".safetensors":
+        arguments = _arguments_beside(path)
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
     return Released(path, tensors, arguments if isinstance(arguments, Mapping) else {})
+
+
+def _arguments_beside(path: Path) -> Any:
+    """The ``args`` of the ``config.json`` beside a file from the hub; None without.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        config = read_json(path.parent / "config.json")
+    except FileNotFoundError:
+        return None
+    return config.get("args") if isinstance(config, Mapping) else None
 
 
 def kind_of(released: Released) -> Kind:

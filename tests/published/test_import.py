@@ -184,6 +184,34 @@ def test_radios_half_precision_and_renamed_layer_scale(tmp_path: Path) -> None:
     assert_same(out, batch, (tokens[:, 0], patches))
 
 
+def test_radio_from_the_hub_has_its_arguments_beside_it(tmp_path: Path) -> None:
+    content, base = layouts.radio_file()
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    renamed = {}
+    for key, tensor in content["state_dict"].items():
+        if key.startswith("base_model."):
+            renamed["radio_model.model." + key.removeprefix("base_model.")] = tensor
+        elif key.startswith("input_conditioner."):
+            renamed[f"radio_model.{key}"] = tensor
+    renamed["radio_model.summary_idxs"] = torch.tensor([0, 1])
+    save_file(renamed, folder / "model.safetensors")
+    arguments = vars(content["args"]) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps({"args": arguments, "version": "x"}))
+    out = tmp_path / "out"
+    asked = Asked(image_size=64, summary="dino_v2")
+    file = folder / "model.safetensors"
+    _, figures = run_import(file, out, ImportSettings(cost=False, asked=asked))
+    assert figures["kind"] == "radio"
+    batch = images(64)
+    pixels = normalised(out, batch)
+    assert (pixels - batch).abs().mean() > 0.3  # the file's mean and std, not CLIP's
+    tokens, patches = layouts.radio_forward(base, pixels)
+    assert_same(out, batch, (tokens[:, 1], patches))
+    mean = json.loads((out / "config.json").read_text())["pretrained_cfg"]["mean"]
+    assert mean == pytest.approx([0.48, 0.46, 0.41])
+
+
 @pytest.mark.parametrize("size", [64, 48])
 def test_eupe_gives_the_published_features_at_any_size(size: int, tmp_path: Path) -> None:
     found = layouts.eupe_file()
