@@ -103,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sizes(commands)
     _add_pseudolabel(commands)
     _add_export(commands)
+    _add_import(commands)
     _add_plan(commands)
     _add_configs(commands)
     return parser
@@ -697,6 +698,52 @@ def _add_export(commands: Any) -> None:
     _json_argument(parser)
 
 
+def _add_import(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "import",
+        _import,
+        "turn a published student (UNIC, DUNE, Theia, RADIO, EUPE) into an export folder",
+        "The file is one that you downloaded from its publisher; nothing is fetched, and nothing\n"
+        "in it is run. The folder is what `multikd export` writes: timm loads it, and it can be a\n"
+        "teacher (`encoder: exported:OUT`) and a student's start. Its card names the\n"
+        "publisher's licence; most of them allow no commercial use.\n\nexamples:\n"
+        "  multikd import unic.pth --out unic/\n"
+        "  multikd import dune_vitbase14_448.pth --out dune/ --json dune.json\n"
+        "  multikd import c-radio_v3-b_half.pth.tar --out radio/ --image-size 768\n",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "--kind",
+        default="auto",
+        metavar="KIND",
+        help="unic, dune, theia, radio, eupe, or auto (default: by the file's layout)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="for which RADIO's positions are resampled as published (default: 512), or EUPE's "
+        "size (default: 256); the others say theirs",
+    )
+    parser.add_argument(
+        "--summary",
+        metavar="TEACHER",
+        help="RADIO has a class token for each teacher: whose is the summary (default: the first)",
+    )
+    parser.add_argument(
+        "--num-heads", type=int, metavar="N", help="of the attention, where the file does not say"
+    )
+    parser.add_argument(
+        "--no-final-norm", action="store_true", help="leave out the norm behind the last block"
+    )
+    parser.add_argument("--licence", help="of the weights (default: the publisher's)")
+    parser.add_argument("--no-cost", action="store_true", help="do not measure the latency")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    _json_argument(parser)
+
+
 def _add_plan(commands: Any) -> None:
     parser = _command(
         commands,
@@ -1007,6 +1054,23 @@ def _export(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     text, figures = run_export(arguments.checkpoint, arguments.out, settings)
+    return _finish(text, figures, arguments.json)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from multikd.published.commands import ImportSettings, run_import
+    from multikd.published.vit import Asked
+
+    asked = Asked(arguments.image_size, arguments.num_heads, arguments.summary)
+    settings = ImportSettings(
+        kind=arguments.kind,
+        asked=asked,
+        final_norm=not arguments.no_final_norm,
+        licence=arguments.licence,
+        cost=not arguments.no_cost,
+        overwrite=arguments.overwrite,
+    )
+    text, figures = run_import(arguments.file, arguments.out, settings)
     return _finish(text, figures, arguments.json)
 
 

@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
         *("teacher_statistics", "teacher_classifiers", "cache_command"),
     },
     {"export"},
+    {"published"},
     {"retention"},
     {"plan"},
     {"runs", "pseudolabels"},

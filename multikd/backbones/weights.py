@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from multikd.backbones.unpickle import first_line, read_torch_file
 
 _log = logging.getLogger(__name__)
 
@@ -32,24 +31,34 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         path = path / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}: give the path of a weight file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    return tensors_of(read_weight_file(path), path)
 
-            return dict(load_file(path))
-        # Training programs keep their arguments beside the weights. A Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path} cannot be read without executing pickled code (or is no torch file): "
-            "save its state dict alone, best as .safetensors"
-        ) from error
+
+def read_weight_file(path: Path) -> Any:
+    """Everything in a ``.safetensors`` or torch file; nothing is executed.
+
+    Raises:
+        ValueError: not a weight file, or one that needs unpickling of objects.
+    """
+    if path.suffix != ".safetensors":
+        return read_torch_file(path)
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
     except Exception as error:
         raise ValueError(
-            f"{path} is no readable weight file ({_first_line(error)}): expected .safetensors "
+            f"{path} is no readable weight file ({first_line(error)}): expected .safetensors "
             "or a torch state dict"
         ) from error
+
+
+def tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors by name of what a weight file holds, under whatever key they are.
+
+    Raises:
+        ValueError: there are none.
+    """
     for _ in range(2):  # {"model": {"state_dict": …}} occurs in the wild
         inner = next((w for w in _WRAPPERS if _is_mapping(content, w)), None)
         if inner is None:
@@ -64,11 +73,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _is_mapping(content: Any, key: str) -> bool:
     return isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:160] if text else 'no message'}"
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

@@ -70,6 +70,7 @@ class CardFacts:
         groups: rows of scores by group: column → value.
         measured_by: what measured these.
         class_names: of the classifier.
+        imported: the repository that published the weights; empty for those trained here.
     """
 
     teachers: tuple[TeacherFacts, ...] = ()
@@ -93,6 +94,7 @@ class CardFacts:
     groups: Sequence[Mapping[str, Any]] = ()
     measured_by: str = ""
     class_names: tuple[str, ...] = ()
+    imported: str = ""
 
     @property
     def binding_licence(self) -> str:
@@ -163,6 +165,7 @@ def manifest(
         "licence": facts.binding_licence,
         "teachers": [asdict(teacher) for teacher in facts.teachers],
         "start": None if facts.start is None else asdict(facts.start),
+        "imported": facts.imported,
         "data": facts.data,
         "data_licence": facts.data_licence,
         "data_sets": [dict(entry) for entry in facts.data_sets],

@@ -23,11 +23,12 @@ def readme(spec: EncoderSpec, facts: CardFacts, written: Written) -> str:
     height, width = spec.image_size
     parts = [
         _metadata(facts, written),
-        f"# {written.architecture}, distilled by multikd",
+        f"# {written.architecture}, "
+        + (f"published by {facts.imported}" if facts.imported else "distilled by multikd"),
         _licence(facts),
         f"A timm `{written.architecture}` of {written.parameters / 1e6:.1f} M parameters"
-        f"{classifier}, trained on images of {height} × {width} pixels"
-        + (f" ({facts.weights} weights)." if facts.weights else "."),
+        f"{classifier}, {'for' if facts.imported else 'trained on'} images of {height} × {width} "
+        "pixels" + (f" ({facts.weights} weights)." if facts.weights else "."),
         *_use(spec, written),
         *_heads(facts, written),
         *_classifier(written),
@@ -249,11 +250,14 @@ def _is_clip(about: Mapping[str, Any]) -> bool:
 def _teachers(facts: CardFacts) -> list[str]:
     known = [(t, "") for t in facts.teachers]
     if facts.start is not None:
-        known.append((facts.start, " (starting weights)"))
+        known.append((facts.start, "" if facts.imported else " (starting weights)"))
     if not known:
         return []
     rows = [(_linked(t) + what, t.licence, t.source, t.revision[:12] or "–") for t, what in known]
-    table = _table(("teacher", "licence", "source", "revision"), rows)
+    what = "weights" if facts.imported else "teacher"
+    table = _table((what, "licence", "source", "revision"), rows)
+    if facts.imported:
+        return [f"## Source\n\nThe publisher's licence binds users of these weights.\n\n{table}"]
     return [f"## Teachers\n\nTheir licences may bind users of this student.\n\n{table}"]
 
 

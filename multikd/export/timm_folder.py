@@ -219,7 +219,9 @@ def timm_config(
         "first_conv": source.get("first_conv"),
         "classifier": source.get("classifier"),
         "license": facts.binding_licence,
-        "description": "Distilled by multikd from "
+        "description": f"Published by {facts.imported}, converted by multikd"
+        if facts.imported
+        else "Distilled by multikd from "
         + (", ".join(teacher.name for teacher in facts.teachers) or "its teachers"),
     }
     if facts.binding_licence == UNKNOWN:

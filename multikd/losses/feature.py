@@ -125,6 +125,8 @@ class FeatureLoss(TokenLoss):
         beta: where smooth-L1 turns from a square into a line.
         summary: weight of the summary.
         patches: weight of the patches.
+        whole_map: an image's patches are one long vector, so that their cosine is the map's
+            (Theia), in place of a mean over patches. Smooth-L1 is the same either way.
 
     Raises:
         ValueError: for negative weights, or where all of a kind are 0.
@@ -137,6 +139,7 @@ class FeatureLoss(TokenLoss):
         beta: float = 1.0,
         summary: float = 0.5,
         patches: float = 0.5,
+        whole_map: bool = False,
     ) -> None:
         check_weights("cosine and smooth_l1", cosine, smooth_l1)
         super().__init__(summary, patches)
@@ -145,9 +148,12 @@ class FeatureLoss(TokenLoss):
         self.cosine = cosine
         self.smooth_l1 = smooth_l1
         self.beta = beta
+        self.whole_map = whole_map
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """See ``TokenLoss``."""
+        """See ``TokenLoss``; of a whole map ``(B, N, D)`` it is ``(B,)``."""
+        if self.whole_map:
+            prediction, target = prediction.flatten(1), target.flatten(1)
         return token_distance(prediction, target, self.cosine, self.smooth_l1, self.beta)
 
 

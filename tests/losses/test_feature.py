@@ -129,3 +129,26 @@ def test_compiles_into_one_graph() -> None:
         loss.sum().backward()
         results.append((loss, summary.grad, patches.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_cosine_of_a_whole_map_is_theia_s() -> None:
+    """Against torch's own functions on the flattened maps, with gradients in float64."""
+    generator = torch.Generator().manual_seed(5)
+    s, y = (torch.randn(3, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    s = s.requires_grad_()
+    loss = FeatureLoss(0.9, 0.1, summary=0.0, patches=1.0, whole_map=True)
+    found = loss(TokenFeatures(patches=s, grid=(2, 3)), TokenFeatures(patches=y, grid=(2, 3)))
+    assert found.shape == (3,)
+    (gradient,) = torch.autograd.grad(found.sum(), s)
+    wanted = torch.stack(
+        [
+            0.9 * (1 - torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+            + 0.1 * torch.nn.functional.smooth_l1_loss(a, b)
+            for a, b in zip(s, y, strict=True)
+        ]
+    )
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), s)[0])
+    single = FeatureLoss(0.9, 0.1, summary=0.0, patches=1.0)
+    each = single(TokenFeatures(patches=s, grid=(2, 3)), TokenFeatures(patches=y, grid=(2, 3)))
+    assert (each - found).abs().max() > 1e-3
