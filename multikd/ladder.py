@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -74,6 +74,7 @@ class Ladder(nn.Module):
         rungs: Sequence[TokenFeatures],
         grids: Mapping[str, Grid | None],
         teachers: Collection[str] | None = None,
+        sample: Callable[[TokenFeatures, Grid | None], TokenFeatures] | None = None,
     ) -> dict[str, TokenFeatures]:
         """Predict teachers.
 
@@ -83,6 +84,8 @@ class Ladder(nn.Module):
                 the rungs' own grids, which must then be equal.
             teachers: the names to predict; None for all. The others cost nothing, and the caller
                 adds ``unused_zero`` of them to its loss.
+            sample: keeps some of a rung's patches, which lie on a grid; for projectors that do not
+                mix patches.
 
         Returns:
             name → prediction in the teacher's widths, float32 where it is a sum of several rungs
@@ -100,7 +103,8 @@ class Ladder(nn.Module):
 
         def seen(r: int, grid: Grid | None) -> TokenFeatures:
             if (r, grid) not in resampled:
-                resampled[r, grid] = _on_grid(rungs[r], grid)
+                found = _on_grid(rungs[r], grid)
+                resampled[r, grid] = found if sample is None else sample(found, grid)
             return resampled[r, grid]
 
         meetings: dict[Grid | None, list[str]] = {}

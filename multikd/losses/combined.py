@@ -51,6 +51,9 @@ class LossSum(DistillationLoss):
                         "the sum reads it raw: one head can't predict both"
                     )
         self.uses_shift = any(one.uses_shift for one in used)
+        self.means_over_patches = all(
+            one.means_over_patches for one in used if "patches" in one.tokens
+        )
 
     def bind(self, widths: Widths) -> None:
         """See ``DistillationLoss``."""

@@ -18,11 +18,14 @@ class DistillationLoss(nn.Module):
             and the student's heads predict them as the teacher gives them.
         uses_shift: ``forward`` also takes ``shift (B, 2)``: how far, in view sides and as (down,
             right), the student's view lies from the teacher's; None where both saw one view.
+        means_over_patches: the patches' loss of an image is a mean over its patches, so that some
+            of them can stand for all.
     """
 
     tokens: tuple[TokenType, ...] = TOKEN_TYPES
     raw: tuple[TokenType, ...] = ()
     uses_shift: bool = False
+    means_over_patches: bool = False
 
     def bind(self, widths: Widths) -> None:
         """Learn the teacher's widths, before training; each teacher has a loss of its own then."""
@@ -66,6 +69,8 @@ class TokenLoss(DistillationLoss):
     Raises:
         ValueError: for negative weights, or where both are 0.
     """
+
+    means_over_patches = True
 
     def __init__(self, summary: float, patches: float) -> None:
         super().__init__()
@@ -149,6 +154,7 @@ class FeatureLoss(TokenLoss):
         self.smooth_l1 = smooth_l1
         self.beta = beta
         self.whole_map = whole_map
+        self.means_over_patches = not whole_map
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """See ``TokenLoss``; of a whole map ``(B, N, D)`` it is ``(B,)``."""

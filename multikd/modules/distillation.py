@@ -36,6 +36,7 @@ from multikd.losses.term import Term, nothing_of
 from multikd.modules.allotment import Allotment, allot, allotted_targets, anchored
 from multikd.modules.ema import StudentAverage
 from multikd.modules.partition import Partition, check_told, load_own
+from multikd.modules.patch_sampling import PatchSample, check_share
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
     GRADIENTS_KEY,
@@ -83,6 +84,8 @@ class DistillationModule(pl.LightningModule):
         view_weights: weight of each training view's loss, scaled to a mean of 1; null: equal.
         teacher_data: whose the images of ``data.train``'s data sets are (``multikd.data.claims``).
         partition: groups of teachers; rank r loads and runs those of group r mod G only.
+        patch_share: of the patches that a training step's patch loss is taken over, drawn anew in
+            every step for every image: less work in the ladder for a noisier gradient. 1 is all.
         target_grid: on which patch grid prediction and target meet: the ``teacher``'s, the
             ``student``'s, or the ``smaller`` of the two.
         optimizer: makes the optimiser from parameter groups; its ``lr`` is that of a batch of
@@ -120,6 +123,7 @@ class DistillationModule(pl.LightningModule):
         view_weights: list[float] | None = None,
         teacher_data: TeacherData | None = None,
         partition: list[list[str]] | None = None,
+        patch_share: float = 1.0,
     ) -> None:
         super().__init__()
         check_names(teachers, terms or {})
@@ -185,6 +189,10 @@ class DistillationModule(pl.LightningModule):
                 "terms and curricula that compare with teachers need every image to be every "
                 "teacher's, on every rank: leave teacher_data and partition out, or those terms"
             )
+        check_share(
+            patch_share, self._objectives(), tokenwise(self.ladder), bool(teacher_data or partition)
+        )
+        self.patch_share = patch_share
         self._told: dict[str, str] = {}  # fingerprints, some of them of other ranks' teachers
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
@@ -281,6 +289,9 @@ class DistillationModule(pl.LightningModule):
         """What the terms read of a student's output."""
         return [t for term in self.terms.values() for t in cast(Term, term).reads(output)]
 
+    def _objectives(self) -> dict[str, DistillationLoss]:
+        return {name: cast(DistillationLoss, self.losses[name]) for name in self.ladder_names}
+
     def normalizer(self, name: str) -> FeatureNormalizer:
         """The target normaliser of a teacher."""
         return cast(FeatureNormalizer, self.normalizers[name])
@@ -311,7 +322,11 @@ class DistillationModule(pl.LightningModule):
             for name in names
         }
         present = names if allotment is None else allotment.present
-        predictions = self.ladder(output.rungs, grids, present)
+        sample = None
+        if training and self.patch_share < 1.0:
+            live = [grids[name] for name in names if targets[name].places is None]
+            sample = PatchSample(self.patch_share, live, len(images), images.device)
+        predictions = self.ladder(output.rungs, grids, present, sample and sample.of)
         rows: list[Tensor] = []
         norms: dict[str, Tensor] = {"student": mean_norm(output.features.summary)}
         for name in names:
@@ -319,6 +334,8 @@ class DistillationModule(pl.LightningModule):
             normalizer = self.normalizer(name)
             # Forward before update: UNIC standardises with the statistics before this batch.
             target = on_grid(normalizer(raw), grids[name])
+            if sample is not None and raw.places is None:
+                target = sample.of(target, grids[name])
             if training:
                 normalizer.update(raw)
             if allotment is None:
@@ -773,11 +790,15 @@ def projected_widths(name: str, widths: Widths, loss: DistillationLoss) -> Width
     return read
 
 
+def tokenwise(ladder: Ladder) -> bool:
+    """Whether no projector of the ladder mixes tokens."""
+    projectors = [m for m in ladder.modules() if isinstance(m, Projector)]
+    return all(isinstance(projector, TokenwiseProjector) for projector in projectors)
+
+
 def tokens_read(ladder: Ladder, widths: Iterable[Widths]) -> set[TokenType]:
     """The token types of the student's rungs that the ladder reads."""
-    if not all(
-        isinstance(m, TokenwiseProjector) for m in ladder.modules() if isinstance(m, Projector)
-    ):
+    if not tokenwise(ladder):
         return set(TOKEN_TYPES)  # other kinds may mix them
     return {t for w in widths for t, width in zip(TOKEN_TYPES, w, strict=True) if width is not None}
 
