@@ -23,7 +23,7 @@ from multikd.data.cache import (
 )
 from multikd.data.cache_storage import Ints
 from multikd.data.dataset import RecordedDataset, SampleReader, ShardDataset
-from multikd.data.decode import DEFAULT_MAX_PIXELS
+from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault, decode_label
 from multikd.data.faults import FaultCounter
 from multikd.data.loader import ShardLoader, identity
 from multikd.data.order import EpochOrder
@@ -33,6 +33,7 @@ from multikd.data.sampler import GlobalBatchSampler
 from multikd.data.sequential import SequentialShards, sequential_urls
 from multikd.data.sources import DEFAULT_CACHE, ShardSource
 from multikd.data.specs import DatasetSpec, Opened, dataset_facts
+from multikd.data.urls import is_remote
 from multikd.data.views import EvalViews, UnicViews, ViewPolicy
 from multikd.data.workers import Workers, choose_workers, measure_loading, usable_cores
 from multikd.types import TokenFeatures
@@ -240,6 +241,21 @@ class ShardDataModule(LightningDataModule):
         self._opened[role] = opened
         self._warn_of_small_cache(opened)
         return opened
+
+    def some_labels(self, role: str, count: int) -> list[int]:
+        """Labels of up to ``count`` samples spread over each data set, −1 for none; of shards that
+        are not on this machine, no samples."""
+        found = []
+        for source in self._open(role).reader.sources:
+            if any(is_remote(url) for url in source.urls):
+                continue
+            for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
+                try:
+                    members = source.read_members(*source.locate(int(number)), ("cls", "json"))
+                    found.append(decode_label(members))
+                except SampleFault:  # counted when it is trained on
+                    continue
+        return found
 
     def _warn_of_small_cache(self, opened: Opened) -> None:
         """Say when a window of remote shards is larger than the cache they are kept in."""
