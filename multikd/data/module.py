@@ -27,13 +27,12 @@ from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault, decode_label
 from multikd.data.faults import FaultCounter
 from multikd.data.loader import ShardLoader, identity
 from multikd.data.order import EpochOrder
-from multikd.data.remote import RemoteCache, public_name
+from multikd.data.remote import RemoteCache, is_remote, public_name
 from multikd.data.resuming import LoaderState
 from multikd.data.sampler import GlobalBatchSampler
 from multikd.data.sequential import SequentialShards, sequential_urls
 from multikd.data.sources import DEFAULT_CACHE, ShardSource
 from multikd.data.specs import DatasetSpec, Opened, dataset_facts
-from multikd.data.urls import is_remote
 from multikd.data.views import EvalViews, UnicViews, ViewPolicy
 from multikd.data.workers import Workers, choose_workers, measure_loading, usable_cores
 from multikd.types import TokenFeatures
