@@ -267,6 +267,8 @@ class MultikdCLI(LightningCLI):
                 preflight.check_monitors(trainer, data)
             if isinstance(model, DistillationModule):
                 preflight.check_images(model, data)
+                if subcommand == "fit":
+                    preflight.check_labels(model, data)
         if subcommand == "fit" and given is None and not self.resume_auto:
             preflight.check_earlier_run(trainer)
         preflight.check_output(trainer.default_root_dir)

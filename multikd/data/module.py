@@ -24,12 +24,12 @@ from multikd.data.cache import (
 )
 from multikd.data.cache_storage import Ints
 from multikd.data.dataset import RecordedDataset, SampleReader, ShardDataset
-from multikd.data.decode import DEFAULT_MAX_PIXELS
+from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault, decode_label
 from multikd.data.faults import FaultCounter
 from multikd.data.held_out import HeldOutBatches, KeptOrder, held_out_samples
 from multikd.data.loader import ShardLoader, identity
 from multikd.data.order import EpochOrder
-from multikd.data.remote import RemoteCache, public_name
+from multikd.data.remote import RemoteCache, is_remote, public_name
 from multikd.data.resuming import LoaderState
 from multikd.data.sampler import GlobalBatchSampler
 from multikd.data.schedule import ViewMode, schedule
@@ -287,6 +287,21 @@ class ShardDataModule(LightningDataModule):
         self._opened[role] = opened
         self._warn_of_small_cache(opened)
         return opened
+
+    def some_labels(self, role: str, count: int) -> list[int]:
+        """Labels of up to ``count`` samples spread over each data set, −1 for none; of shards that
+        are not on this machine, no samples."""
+        found = []
+        for source in self._open(role).reader.sources:
+            if any(is_remote(url) for url in source.urls):
+                continue
+            for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
+                try:
+                    members = source.read_members(*source.locate(int(number)), ("cls", "json"))
+                    found.append(decode_label(members))
+                except SampleFault:  # counted when it is trained on
+                    continue
+        return found
 
     def _warn_of_small_cache(self, opened: Opened) -> None:
         """Say when a window of remote shards is larger than the cache they are kept in."""

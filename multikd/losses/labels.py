@@ -85,7 +85,7 @@ class LabelLoss(Term):
         self.kind: Kind = kind
         self.q = q
         self.reverse = reverse
-        self.column = column
+        self._column = column
         self.num_classes = num_classes
         self.uses_logits = column is None
         self.head: nn.Linear | None = None
@@ -106,6 +106,16 @@ class LabelLoss(Term):
             )
         self.head = nn.Linear(width, self.num_classes)
 
+    @property
+    def reads_labels(self) -> bool:
+        """See ``Term``."""
+        return self._column is None
+
+    @property
+    def column(self) -> str | None:
+        """See ``Term``."""
+        return self._column
+
     def reads(self, output: StudentOutput) -> list[Tensor]:
         """See ``Term``."""
         features = output.features
@@ -120,7 +130,7 @@ class LabelLoss(Term):
                 batch lacks the column.
         """
         if self.column is not None:
-            return self._column(output, batch)
+            return self._of_column(output, batch)
         logits = output.features.logits
         if logits is None:
             raise ValueError(
@@ -136,7 +146,7 @@ class LabelLoss(Term):
         with without_autocast(logits.device):
             return self._loss(full_precision(logits), batch.labels, soft)
 
-    def _column(self, output: StudentOutput, batch: Batch) -> Tensor:
+    def _of_column(self, output: StudentOutput, batch: Batch) -> Tensor:
         labels = (batch.columns or {}).get(self.column or "")
         if labels is None:
             raise ValueError(

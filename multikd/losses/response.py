@@ -151,6 +151,11 @@ class ResponseTerm(TeacherTerm):
         return [part for part in parts if part is not None]
 
     @property
+    def reads_labels(self) -> bool:
+        """See ``Term``."""
+        return self.alpha < 1
+
+    @property
     def logits_of(self) -> tuple[str, ...]:
         """See ``Term``."""
         return self.names

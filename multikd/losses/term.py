@@ -63,6 +63,16 @@ class Term(nn.Module):
         return ()
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether the batch's labels are learned from."""
+        return False
+
+    @property
+    def column(self) -> str | None:
+        """The further label column that is learned from."""
+        return None
+
+    @property
     def layers_of(self) -> tuple[str, ...]:
         """Teachers whose intermediate layers are read; no feature cache keeps these."""
         return ()

@@ -17,6 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from multikd.callbacks import PrecomputeFeatures
+from multikd.callbacks.precompute import settle_logits
+from multikd.data.cache_record import CacheSource, TeacherRecord, write_meta
+from multikd.data.cache_storage import CacheStorage
 from multikd.data.module import ShardDataModule
 from multikd.data.views import LightViews
 from multikd.losses import (
@@ -34,6 +37,7 @@ from multikd.losses import (
 from multikd.modules import DistillationModule
 from multikd.teachers import Teacher
 from multikd.teachers.encoder import BackboneEncoder
+from multikd.types import TokenFeatures
 
 EPOCHS = 2
 
@@ -209,3 +213,22 @@ def test_a_cache_gives_what_live_teachers_give(
         assert cached()["totals"] == pytest.approx(alone(name)["totals"], rel=1e-5)
     assert not ran
     assert bool(module.logits_of) == (name != "rkd")
+
+
+def test_what_a_cache_does_not_keep_is_said_before_training(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with pytest.raises(ValueError, match="term 'hint' reads a layer of teacher 'cnn'"):
+        settle_logits(made("hint"), folder)
+    with pytest.raises(ValueError, match="keeps features of teachers, and this run has none"):
+        settle_logits(made("labels"), folder)
+    summary = torch.zeros(1, 4)
+    kept = {
+        "cnn": TeacherRecord.of("f", TokenFeatures(summary), CacheStorage()),
+        "other": TeacherRecord.of("f", TokenFeatures(summary, logits=summary), CacheStorage()),
+    }
+    write_meta(tmp_path, CacheSource("data", (1,), 1, {}, 0), kept)
+    with pytest.raises(ValueError, match="reads the logits of teacher 'cnn'.* does not keep"):
+        settle_logits(made("response"), folder)
+    module = small.module(teachers=two())
+    settle_logits(module, folder)
+    assert module.logits_of == {"other"}  # which the cache keeps, so that it can be gone on with
