@@ -155,6 +155,21 @@ def test_the_teacher_trains_in_train_mode_and_the_anchors_stay(tmp_path: Path) -
     assert not {k for k in changed if k in frozen}
 
 
+def test_the_teachers_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    module = methods.module("adaptive", teacher_rate=0.25)
+    small.trainer(tmp_path).fit(module, datamodule=small.Data([small.batch()]))
+    optimizer: Any = module.optimizers(use_pl_optimizer=False)
+    rates = {
+        id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]
+    }
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            expected = 5e-4 if name.startswith("trained_teachers.") else 2e-3
+            assert rates[id(parameter)] == pytest.approx(expected), name
+    assert module.second is not None
+    assert module.second.rates == [2e-3, 2e-3]  # the second step has its own
+
+
 def test_what_is_scored_is_projector_and_shared_classifier(tmp_path: Path) -> None:
     module = methods.module("adaptive").eval()
     batch = small.batch(count=8)
