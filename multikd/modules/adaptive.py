@@ -78,6 +78,9 @@ class AdaptiveModule(Resumable):
             (CIFAR-100), 10 (ImageNet).
         temperature: τ of the KL.
         bottleneck: f of the projector.
+        teacher_rate: the teachers' learning rate in the first step, as a multiple of the
+            student's. Published: 1, with SGD; an optimiser whose steps do not shrink with the
+            gradient (Adam) moves a pretrained teacher far at that rate.
         norm: of the projector: ``batch`` as published, or ``group``.
         optimizer: makes the optimiser of everything, from parameter groups.
         classifier_optimizer: makes that of the second step; null: as ``optimizer``.
@@ -95,6 +98,7 @@ class AdaptiveModule(Resumable):
         drift: float = 1.0,
         temperature: float = 4.0,
         bottleneck: float = 2.0,
+        teacher_rate: float = 1.0,
         norm: Norm = "batch",
         optimizer: OptimizerCallable | None = None,
         classifier_optimizer: OptimizerCallable | None = None,
@@ -105,6 +109,7 @@ class AdaptiveModule(Resumable):
         check_names(teachers, {})  # type: ignore[arg-type]
         check_temperature(temperature)
         check_weights(labels=labels, response=response, features=features, drift=drift)
+        check_weights(teacher_rate=teacher_rate)
         check_teachers(teachers)
         if student.num_classes:
             raise ValueError(
@@ -132,6 +137,7 @@ class AdaptiveModule(Resumable):
         self.anchors = nn.ModuleDict({n: Anchor(anchored(t)) for n, t in teachers.items()})
         self.optimizer_factory = optimizer
         self.classifier_factory = classifier_optimizer or optimizer
+        self.teacher_rate = teacher_rate
         self.lr_batch = lr_batch
         self.schedule = schedule or WarmupCosine()
         self.second: SecondOptimizer | None = None
@@ -309,8 +315,15 @@ class AdaptiveModule(Resumable):
         self.second = SecondOptimizer(
             scaled_optimizer(self, classifiers, self.classifier_factory, self.lr_batch)
         )
+        named = list(self.named_parameters())
         return scheduled_optimizer(
-            self, self.named_parameters(), self.optimizer_factory, self.lr_batch, self.schedule
+            self,
+            [pair for pair in named if not pair[0].startswith("trained_teachers.")],
+            self.optimizer_factory,
+            self.lr_batch,
+            self.schedule,
+            [pair for pair in named if pair[0].startswith("trained_teachers.")],
+            self.teacher_rate,
         )
 
     def on_train_start(self) -> None:

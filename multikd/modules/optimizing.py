@@ -42,14 +42,18 @@ def scheduled_optimizer(
     factory: OptimizerFactory | None,
     lr_batch: int | None,
     schedule: WarmupCosine,
+    others: Iterable[tuple[str, nn.Parameter]] = (),
+    others_rate: float = 1.0,
 ) -> OptimizerLRScheduler:
     """What ``configure_optimizers`` returns for these parameters.
+
+    ``others`` are trained by the same optimiser, at ``others_rate`` times the rate.
 
     Raises:
         ValueError: nothing to train, or a run of unknown length.
     """
     trainer = module.trainer
-    optimizer = scaled_optimizer(module, named_parameters, factory, lr_batch)
+    optimizer = scaled_optimizer(module, named_parameters, factory, lr_batch, others, others_rate)
     if getattr(trainer, "scaler", None) is None:
         fuse(optimizer)
     total = trainer.estimated_stepping_batches
@@ -73,9 +77,15 @@ def scaled_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     factory: OptimizerFactory | None,
     lr_batch: int | None,
+    others: Iterable[tuple[str, nn.Parameter]] = (),
+    others_rate: float = 1.0,
 ) -> Optimizer:
     """An optimiser over what needs gradients, its rate scaled with the global batch."""
-    optimizer = (factory or default_optimizer)(parameter_groups(named_parameters))
+    first, rest = parameter_groups(named_parameters), list(others)
+    second = parameter_groups(rest) if rest else []
+    optimizer = (factory or default_optimizer)([*first, *second])
+    for group in optimizer.param_groups[len(first) :]:
+        group["lr"] = float(group["lr"]) * others_rate
     trainer = module.trainer
     batch = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if batch is None:

@@ -31,7 +31,7 @@ def double(names: tuple[str, ...]) -> AdaptiveModule:
     module = methods.module(
         "adaptive",
         teachers={n: methods.teacher(*kinds[n]) for n in names},
-        student=small.student(),
+        student=methods.student(),
         labels=A,
         features=B,
         response=D,
@@ -155,6 +155,21 @@ def test_the_teacher_trains_in_train_mode_and_the_anchors_stay(tmp_path: Path) -
     assert not {k for k in changed if k in frozen}
 
 
+def test_the_teachers_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    module = methods.module("adaptive", teacher_rate=0.25)
+    small.trainer(tmp_path).fit(module, datamodule=small.Data([small.batch()]))
+    optimizer: Any = module.optimizers(use_pl_optimizer=False)
+    rates = {
+        id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]
+    }
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            expected = 5e-4 if name.startswith("trained_teachers.") else 2e-3
+            assert rates[id(parameter)] == pytest.approx(expected), name
+    assert module.second is not None
+    assert module.second.rates == [2e-3, 2e-3]  # the second step has its own
+
+
 def test_what_is_scored_is_projector_and_shared_classifier(tmp_path: Path) -> None:
     module = methods.module("adaptive").eval()
     batch = small.batch(count=8)
@@ -174,9 +189,12 @@ def test_what_is_scored_is_projector_and_shared_classifier(tmp_path: Path) -> No
     right = (features.logits.argmax(1) == batch.labels)[:6].float().mean()
     assert float(runner.callback_metrics["val/accuracy"]) == pytest.approx(float(right))
     loss = F.cross_entropy(features.logits[:6], batch.labels[:6])
-    assert float(runner.callback_metrics["val/loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(runner.callback_metrics["val/loss"]) == pytest.approx(
+        float(loss.detach()), rel=1e-5
+    )
 
 
+@torch.no_grad()
 def test_projectors() -> None:
     batch = BottleneckProjector(6, 8, 2.0)
     kinds = [type(layer) for layer in batch]
@@ -238,7 +256,7 @@ def classless(name: str) -> Any:
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"drift": -1.0}, "drift must be 0 or more"),
         ({"teachers": {}}, "no teachers"),
-        ({"student": small.student(num_classes=10)}, "set student.init_args.num_classes to 0"),
+        ({"student": methods.student(num_classes=10)}, "set student.init_args.num_classes to 0"),
         (
             {"teachers": {"a": methods.teacher(), "b": methods.teacher(num_classes=4)}},
             "a has 10, b has 4",
@@ -283,7 +301,7 @@ def test_missing_labels_are_said_before_training(name: str, tmp_path: Path) -> N
 
 def test_labels_beyond_the_classes_are_said_before_training(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, [12])
-    student = small.student(num_classes=4)
+    student = methods.student(num_classes=4)
     with pytest.raises(ValueError, match="labels reach 9 and the classifiers have 4"):
         resuming.run(methods.module("self", student=student), methods.data(shards), tmp_path)
 
@@ -291,9 +309,9 @@ def test_labels_beyond_the_classes_are_said_before_training(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("students", "words"),
     [
-        ({"a": small.student(num_classes=10)}, "two students or more, received 1"),
+        ({"a": methods.student(num_classes=10)}, "two students or more, received 1"),
         (
-            {"a": small.student(num_classes=10), "b": small.student()},
+            {"a": methods.student(num_classes=10), "b": methods.student()},
             "a has 10, b has 0: set num_classes alike",
         ),
     ],
