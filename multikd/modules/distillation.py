@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -317,7 +317,7 @@ class DistillationModule(pl.LightningModule):
             lambdas, regulariser = self.balancer(means, names)
             total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
             if self.keeps_parts:
-                self._keep_parts(names, losses, weights)
+                self._keep_parts(names, present, losses, weights)
             total = total + regulariser
             absent = [name for name in self.teacher_names if name not in present]
             if absent:
@@ -360,9 +360,13 @@ class DistillationModule(pl.LightningModule):
             return None
         return allot(batch, names, self.claims, self.here(), images.device)
 
-    def _keep_parts(self, names: Sequence[str], losses: Tensor, weights: Tensor) -> None:
+    def _keep_parts(
+        self, names: Sequence[str], present: Collection[str], losses: Tensor, weights: Tensor
+    ) -> None:
         parts = torch.where(weights > 0, weights * losses, 0.0).mean(dim=1)
         for index, name in enumerate(names):
+            if name not in present:
+                continue
             earlier = self.kept_parts.get(name)
             self.kept_parts[name] = parts[index] if earlier is None else earlier + parts[index]
 
