@@ -129,6 +129,16 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
         )
 
 
+def check_partition(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse a partition with more groups than processes.
+
+    Raises:
+        ValueError: nobody would run the teachers of a group.
+    """
+    if isinstance(module, DistillationModule) and module.partition is not None:
+        module.partition.check_ranks(trainer.world_size)
+
+
 def check_schedule(module: DistillationModule, data: ShardDataModule) -> None:
     """Refuse schedules and weights of views, and partitions, that can't be.
 

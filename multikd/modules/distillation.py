@@ -33,7 +33,7 @@ from multikd.losses.labels import Term
 from multikd.losses.shift import view_shift
 from multikd.modules.allotment import Allotment, allot, allotted_targets, anchored
 from multikd.modules.ema import StudentAverage
-from multikd.modules.partition import Partition, check_told, load_own
+from multikd.modules.partition import Partition, check_told, facts_of, load_own
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
     GRADIENTS_KEY,
@@ -155,7 +155,7 @@ class DistillationModule(pl.LightningModule):
         self.partition = None if partition is None else Partition(partition, self.teacher_names)
         if self.partition is not None and getattr(self.dropper, "by_default", False):
             self.dropper.normalize = "teacher"
-        self._told: dict[str, str] = {}  # fingerprints, some of them of other ranks' teachers
+        self._told: dict[str, dict[str, str]] = {}  # of a partition's teachers, all ranks'
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
         self.lr_batch = lr_batch
@@ -589,12 +589,7 @@ class DistillationModule(pl.LightningModule):
     def teacher_facts(self) -> dict[str, dict[str, str]]:
         """Encoder, licence, source and fingerprint of every teacher, for checkpoints."""
         return {
-            name: {
-                "encoder": self.teacher(name).spec.name,
-                "licence": self.teacher(name).spec.licence,
-                "source": self.teacher(name).spec.source,
-                "fingerprint": self._told.get(name) or self.teacher(name).fingerprint(),
-            }
+            name: self._told.get(name) or facts_of(self.teacher(name))
             for name in self.teacher_names
         }
 

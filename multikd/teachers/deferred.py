@@ -57,7 +57,8 @@ class DeferredTeacher(KeptTeacher):
         return Teacher.fingerprint(self)
 
     def _check(self, real: Teacher) -> None:
-        """Any weights will do: nothing was kept of others."""
+        """Nothing was kept of other weights; what only they tell (classes, source) is theirs."""
+        self._spec, self._parameters_known = real.spec, real.num_parameters
 
 
 def defer_teacher(**kwargs: Any) -> Teacher:

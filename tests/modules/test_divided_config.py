@@ -14,8 +14,11 @@ from data.shard_maker import make_shards
 from helpers import training as small
 
 from multikd.cli import main
+from multikd.data.module import ShardDataModule
+from multikd.data.views import LightViews
 from multikd.fit import build_cli
-from multikd.modules.partition import Partition, check_told, load_own
+from multikd.modules.partition import Partition, check_told, facts_of, load_own
+from multikd.preflight import _HARMLESS, check_partition, check_schedule
 from multikd.teachers import Teacher
 from multikd.teachers.deferred import DeferredTeacher, defer_teacher
 
@@ -100,7 +103,7 @@ def test_of_a_partition_nothing_is_loaded_that_is_not_run(
     assert (a.loaded, b.loaded) == (True, False)
     settings = made["model"]["teachers"]["a"]["init_args"]
     plain = Teacher(**settings)
-    assert told == {"a": plain.fingerprint()}
+    assert told == {"a": facts_of(plain)}
     assert (a.spec, a.widths, a.num_parameters) == (plain.spec, plain.widths, plain.num_parameters)
     assert a.grid_for((48, 48), 16) == plain.grid_for((48, 48), 16)
     images = torch.rand(2, 3, 32, 32)
@@ -110,7 +113,7 @@ def test_of_a_partition_nothing_is_loaded_that_is_not_run(
     module.teachers.double()
     module.teachers.to("meta")
     assert not b.loaded
-    check_told(told, {"a": {"fingerprint": told["a"]}}, ["a"])
+    check_told(told, {"a": told["a"]}, ["a"])
     with pytest.raises(ValueError, match="checkpoint's teacher 'a' has other weights"):
         check_told(told, {"a": {"fingerprint": "0"}}, ["a"])
     # An encoder that is an object is there already.
@@ -141,39 +144,6 @@ def test_groups_that_are_none(groups: list[list[str]], words: str) -> None:
             lambda c: c["model"].update(teacher_data="own", partition=[["a"], ["b"]]),
             "partition has 2 groups and the run has 1 process, so that nobody would run b",
         ),
-        (
-            lambda c: c["data"]["train"]["scenes"].update(teachers=["dino"]),
-            "unknown teacher of a data set 'dino'",
-        ),
-        (
-            lambda c: (c["model"].update(teacher_data="own"), c["data"]["train"].pop("scenes")),
-            "no data set feeds teacher 'b' with model.teacher_data=own",
-        ),
-        (
-            lambda c: (
-                c["model"].update(teacher_data="own_and_generic"),
-                c["data"]["train"]["scenes"].pop("teachers"),
-            ),
-            "no teacher claims the data set 'scenes'",
-        ),
-        (
-            lambda c: c["model"].update(teacher_data="all", view_weights=[1.0]),
-            "model.view_weights has 1 entries and data.train_views 2",
-        ),
-        (
-            lambda c: (
-                c["model"].update(teacher_data="all", teacher_view=1),
-                c["data"].update(view_mode="alternate"),
-            ),
-            "leave data.view_mode and data.view_images out",
-        ),
-        (
-            lambda c: (
-                c["model"].update(teacher_data="all"),
-                c["data"].update(balanced=True, batch_size=1),
-            ),
-            "a balanced batch of 1 images has none of data set 'scenes'",
-        ),
     ],
 )
 def test_mistakes_are_one_sentence_before_training(
@@ -190,12 +160,26 @@ def test_mistakes_are_one_sentence_before_training(
     assert sentence in capsys.readouterr().err
 
 
-def test_whose_data_it_is_may_not_change_on_the_way(config: dict[str, Any]) -> None:
-    from multikd.preflight import _HARMLESS
-
+def test_whose_data_it_is_may_not_change_on_the_way() -> None:
     assert _HARMLESS.match("data.train.web.urls")
     assert _HARMLESS.match("data.train")
     for key in ("teachers", "generic", "views.class_path", "views"):
         assert not _HARMLESS.match(f"data.train.web.{key}")
     for key in ("balanced", "view_mode", "view_images", "train_views.size"):
         assert not _HARMLESS.match(f"data.{key}")
+
+
+def test_schedules_and_partitions_that_cannot_be() -> None:
+    data = ShardDataModule("x", train_views=[LightViews(32), LightViews(32)])
+    turns = ShardDataModule("x", train_views=data.train_views, view_mode="alternate")
+    kept = ShardDataModule("x", train_views=LightViews(32, recorded=2), cache="y")
+    for settings, of, words in (
+        ({"view_weights": [1.0]}, data, "view_weights has 1 entries and data.train_views 2"),
+        ({"teacher_view": 1}, turns, "leave data.view_mode and data.view_images out"),
+        ({"partition": [["vit"], ["cnn", "next"]]}, kept, "nothing to divide"),
+    ):
+        made = small.module(**settings)
+        with pytest.raises(ValueError, match=words):
+            check_schedule(made, of)
+    check_schedule(small.module(view_weights=[1.0, 2.0]), turns)
+    check_partition(small.trainer("x"), small.module())
