@@ -272,7 +272,7 @@ class DistillationModule(pl.LightningModule):
             name: targets[name].places_grid or self._grid(student_grids, targets[name].grid)
             for name in names
         }
-        present = names if allotment is None else allotment.present
+        present = [n for n in names if allotment is None or allotment.rows[n]]
         predictions = self.ladder(output.rungs, grids, present)
         rows: list[Tensor] = []
         norms: dict[str, Tensor] = {"student": mean_norm(output.features.summary)}
@@ -307,7 +307,7 @@ class DistillationModule(pl.LightningModule):
             judged, counts = losses.detach(), real
             means = losses.mean(dim=1)
             if allotment is not None:
-                belongs = allotment.belongs()
+                belongs = allotment.belongs(names)
                 counts = real & belongs
                 # So that an image's hardest teacher is one of its own.
                 judged = torch.where(belongs, judged, -torch.inf)

@@ -17,6 +17,7 @@ from multikd.cli import main
 from multikd.data.module import ShardDataModule
 from multikd.data.views import LightViews
 from multikd.fit import build_cli
+from multikd.losses import LabelLoss
 from multikd.modules.partition import Partition, check_told, facts_of, load_own
 from multikd.preflight import _HARMLESS, check_partition, check_schedule
 from multikd.teachers import Teacher
@@ -182,4 +183,9 @@ def test_schedules_and_partitions_that_cannot_be() -> None:
         with pytest.raises(ValueError, match=words):
             check_schedule(made, of)
     check_schedule(small.module(view_weights=[1.0, 2.0]), turns)
+    term = LabelLoss()
+    term.uses_teachers = True
+    asks = small.module({"num_classes": 10}, terms={"hints": term}, teacher_data="own")
+    with pytest.raises(ValueError, match="hints asks the teachers about every image"):
+        check_schedule(asks, data)
     check_partition(small.trainer("x"), small.module())
