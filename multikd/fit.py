@@ -265,6 +265,7 @@ class MultikdCLI(LightningCLI):
                 raise ValueError(f"{subcommand} needs shards to run on: give --data.val=SHARDS")
             if subcommand == "fit":
                 preflight.check_monitors(trainer, data)
+                preflight.check_partition(trainer, model)
             if isinstance(model, DistillationModule):
                 preflight.check_images(model, data)
                 if subcommand == "fit":

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from multikd.callbacks import KNNProbe, LinearProbe
 from multikd.callbacks.feature_probe import FeatureProbe
 from multikd.checkpoints import read_config
-from multikd.data.claims import claims
+from multikd.data.claims import PARTIAL, claims
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.data.views import ShiftedViews
@@ -133,6 +133,16 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
         )
 
 
+def check_partition(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse a partition with more groups than processes.
+
+    Raises:
+        ValueError: nobody would run the teachers of a group.
+    """
+    if isinstance(module, DistillationModule) and module.partition is not None:
+        module.partition.check_ranks(trainer.world_size)
+
+
 def check_schedule(module: DistillationModule, data: ShardDataModule) -> None:
     """Refuse schedules and weights of views, and partitions, that can't be.
 
@@ -149,6 +159,14 @@ def check_schedule(module: DistillationModule, data: ShardDataModule) -> None:
         raise ValueError(
             "with model.teacher_view the teachers see another view of the same images in the same "
             "step: leave data.view_mode and data.view_images out"
+        )
+    # Terms and curricula that compare with teachers on every image, where there are such.
+    reading = [name for name, t in module.terms.items() if getattr(t, "uses_teachers", False)]
+    reading += ["curriculum"] if getattr(module, "curriculum", None) is not None else []
+    if reading and (module.partition is not None or module.teacher_data in PARTIAL):
+        raise ValueError(
+            f"{reading[0]} asks the teachers about every image, and with model.partition or "
+            "model.teacher_data a teacher sees only some of them: leave out one or the other"
         )
     if module.partition is not None and data.cache is not None:
         raise ValueError(

@@ -9,6 +9,7 @@ from multikd.data.specs import DatasetSpec
 from multikd.errors import unknown_name
 
 TeacherData = Literal["own", "own_and_generic", "all"]
+PARTIAL = ("own", "own_and_generic")  # where a teacher sees only some of the images
 
 
 def claims(

@@ -89,10 +89,11 @@ class Allotment:
             return losses
         return losses.new_zeros(self.count).index_copy(0, self.index(name), losses)
 
-    def belongs(self) -> Tensor:
-        """Which image is whose, bool ``(T, B)``."""
+    def belongs(self, names: Sequence[str]) -> Tensor:
+        """Which image is whose, bool ``(T, B)`` for the T teachers of ``names``."""
         rows = []
-        for name, own in self.rows.items():
+        for name in names:
+            own = self.rows[name]
             row = torch.zeros(self.count, dtype=torch.bool, device=self.device)
             rows.append(row.index_fill(0, self.index(name), True) if own else row)
         return torch.stack(rows)
@@ -179,5 +180,5 @@ def anchored(output: StudentOutput, tokens: Collection[TokenType]) -> Tensor:
     """
     read = [getattr(rung, token) for rung in output.rungs for token in sorted(tokens)]
     corners = [tensor.flatten()[0].float() for tensor in read if tensor is not None]
-    total = torch.stack(corners).sum()
+    total = torch.stack(corners).sum() if corners else torch.zeros(())
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0.0)

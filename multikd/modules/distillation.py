@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -35,7 +35,7 @@ from multikd.losses.shift import view_shift
 from multikd.losses.term import Term, nothing_of
 from multikd.modules.allotment import Allotment, allot, allotted_targets, anchored
 from multikd.modules.ema import StudentAverage
-from multikd.modules.partition import Partition, check_told, load_own
+from multikd.modules.partition import Partition, check_told, facts_of, load_own
 from multikd.modules.patch_sampling import PatchSample, check_share
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
@@ -181,19 +181,11 @@ class DistillationModule(pl.LightningModule):
         self.partition = None if partition is None else Partition(partition, self.teacher_names)
         if self.partition is not None and getattr(self.dropper, "by_default", False):
             self.dropper.normalize = "teacher"
-        shared_out = self.teacher_data is not None or self.partition is not None
-        if shared_out and (
-            any(term.uses_teachers for term in (terms or {}).values()) or curriculum is not None
-        ):
-            raise ValueError(
-                "terms and curricula that compare with teachers need every image to be every "
-                "teacher's, on every rank: leave teacher_data and partition out, or those terms"
-            )
         check_share(
             patch_share, self._objectives(), tokenwise(self.ladder), bool(teacher_data or partition)
         )
         self.patch_share = patch_share
-        self._told: dict[str, str] = {}  # fingerprints, some of them of other ranks' teachers
+        self._told: dict[str, dict[str, str]] = {}  # of a partition's teachers, all ranks'
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
         self.lr_batch = lr_batch
@@ -321,7 +313,7 @@ class DistillationModule(pl.LightningModule):
             name: targets[name].places_grid or self._grid(student_grids, targets[name].grid)
             for name in names
         }
-        present = names if allotment is None else allotment.present
+        present = [n for n in names if allotment is None or allotment.rows[n]]
         sample = None
         if training and self.patch_share < 1.0:
             live = [grids[name] for name in names if targets[name].places is None]
@@ -363,7 +355,7 @@ class DistillationModule(pl.LightningModule):
         if training and names:
             judged, counts, means = losses.detach(), counted, losses.mean(dim=1)
             if allotment is not None:
-                belongs = allotment.belongs()
+                belongs = allotment.belongs(names)
                 counts = counted & belongs
                 # So that an image's hardest teacher is one of its own.
                 judged = torch.where(belongs, judged, -torch.inf)
@@ -373,7 +365,7 @@ class DistillationModule(pl.LightningModule):
             lambdas, regulariser = self.balancer(means, names)
             total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
             if self.keeps_parts:
-                self._keep_parts(names, losses, weights)
+                self._keep_parts(names, present, losses, weights)
             if scale is not None and self.dropper.normalize == "image":
                 total = total * scale  # with `batch`, what is kept is the divisor already
             total = total + regulariser
@@ -421,9 +413,13 @@ class DistillationModule(pl.LightningModule):
             return None
         return allot(batch, names, self.claims, self.here(), images.device)
 
-    def _keep_parts(self, names: Sequence[str], losses: Tensor, weights: Tensor) -> None:
+    def _keep_parts(
+        self, names: Sequence[str], present: Collection[str], losses: Tensor, weights: Tensor
+    ) -> None:
         parts = torch.where(weights > 0, weights * losses, 0.0).mean(dim=1)
         for index, name in enumerate(names):
+            if name not in present:
+                continue
             earlier = self.kept_parts.get(name)
             self.kept_parts[name] = parts[index] if earlier is None else earlier + parts[index]
 
@@ -653,12 +649,7 @@ class DistillationModule(pl.LightningModule):
     def teacher_facts(self) -> dict[str, dict[str, str]]:
         """Encoder, licence, source and fingerprint of every teacher, for checkpoints."""
         return {
-            name: {
-                "encoder": self.teacher(name).spec.name,
-                "licence": self.teacher(name).spec.licence,
-                "source": self.teacher(name).spec.source,
-                "fingerprint": self._told.get(name) or self.teacher(name).fingerprint(),
-            }
+            name: self._told.get(name) or facts_of(self.teacher(name))
             for name in self.teacher_names
         }
 

@@ -64,27 +64,37 @@ class Partition:
             )
 
 
-def load_own(teachers: Mapping[str, Teacher], here: Collection[str]) -> dict[str, str]:
+def facts_of(teacher: Teacher) -> dict[str, str]:
+    """Encoder, licence, source and fingerprint, for checkpoints."""
+    return {
+        "encoder": teacher.spec.name,
+        "licence": teacher.spec.licence,
+        "source": teacher.spec.source,
+        "fingerprint": teacher.fingerprint(),
+    }
+
+
+def load_own(teachers: Mapping[str, Teacher], here: Collection[str]) -> dict[str, dict[str, str]]:
     """Load the teachers of this rank, and leave the others where they are.
 
     Returns:
-        name → fingerprint of all teachers, each told by a rank that has it.
+        name → ``facts_of`` all teachers, each told by a rank that has it.
 
     Raises:
         ValueError, OSError: weights that can't be loaded, on every rank.
     """
-    told: dict[str, str] = {}
+    told: dict[str, dict[str, str]] = {}
     with all_or_none():
         for name, teacher in teachers.items():
             if name in here:
                 _ = teacher.encoder
-                told[name] = teacher.fingerprint()
+                told[name] = facts_of(teacher)
             else:
                 teacher.stay()
-    return {name: digest for part in all_gather_object(told) for name, digest in part.items()}
+    return {name: facts for part in all_gather_object(told) for name, facts in part.items()}
 
 
-def check_told(told: Mapping[str, str], kept: object, names: Sequence[str]) -> None:
+def check_told(told: Mapping[str, Mapping[str, str]], kept: object, names: Sequence[str]) -> None:
     """Refuse a checkpoint of other teachers; with a partition nobody could look before.
 
     Raises:
@@ -92,7 +102,7 @@ def check_told(told: Mapping[str, str], kept: object, names: Sequence[str]) -> N
     """
     for name in names:
         facts = kept.get(name) if isinstance(kept, dict) else None
-        if isinstance(facts, dict) and facts.get("fingerprint") != told.get(name):
+        if isinstance(facts, dict) and facts.get("fingerprint") != told[name]["fingerprint"]:
             raise ValueError(
                 f"the checkpoint's teacher {name!r} has other weights or another input: give the "
                 "config that it was made with"

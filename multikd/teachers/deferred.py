@@ -53,12 +53,12 @@ class DeferredTeacher(KeptTeacher):
 
     def fingerprint(self) -> str:
         """Of the weights, which are loaded for it."""
-        if not self._fingerprint:
-            _ = self.encoder
-        return self._fingerprint
+        _ = self.encoder
+        return Teacher.fingerprint(self)
 
     def _check(self, real: Teacher) -> None:
-        self._fingerprint = real.fingerprint()
+        """Nothing was kept of other weights; what only they tell (classes, source) is theirs."""
+        self._spec, self._parameters_known = real.spec, real.num_parameters
 
 
 def defer_teacher(**kwargs: Any) -> Teacher:

@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multikd.backbones import skeleton
 from multikd.cli import main
+from multikd.data.module import ShardDataModule
+from multikd.data.views import LightViews
 from multikd.modules import DistillationModule
+from multikd.plan.commands import count_views
 from multikd.plan.counts import count_step
 from multikd.plan.model import (
     HARDWARE,
@@ -111,3 +114,30 @@ def test_the_command_plans_a_published_recipe_without_weights(
     assert eight["images_per_second"] < many["images_per_second"] <= 8 * eight["images_per_second"]
     assert main(["plan", "unic_vitb16_imagenet", "--gpus", "v900"]) == 2
     assert "unknown GPU 'v900'" in capsys.readouterr().err
+
+
+def test_groups_of_a_partition_and_views_of_several_sizes() -> None:
+    module = make("meta")
+    whole = count_step(module, (32, 32))
+    parts = {name: count_step(module, (32, 32), 1, [name]) for name in ("a", "b")}
+    for name, part in parts.items():
+        assert part.teachers == {name: whole.teachers[name]}
+        assert part.heads == {name: whole.heads[name]}
+        assert part.trained == whole.trained  # the ladder is whole on every rank
+        assert part.total < whole.total
+        held = memory_bytes(part, 8)
+        assert held["teachers"] == 2 * whole.teacher_parameters[name]
+        assert held["activations"] < memory_bytes(whole, 8)["activations"]
+    high = count_step(module, (64, 64))
+    views = [LightViews(32), LightViews(64)]
+    together = ShardDataModule("x", train_views=views, batch_size=8, view_images=[None, 2])
+    found = count_views(module, together, None)
+    assert found.student == pytest.approx(whole.student + high.student / 4)
+    assert found.teachers["a"] == pytest.approx(1.25 * whole.teachers["a"])  # at its own size
+    assert found.kept == pytest.approx(max(whole.kept, high.kept / 4))
+    turns = ShardDataModule(
+        "x", train_views=views, batch_size=8, view_mode="alternate", view_shares=[3, 1]
+    )
+    found = count_views(module, turns, None)
+    assert found.backward == pytest.approx(0.75 * whole.backward + 0.25 * high.backward)
+    assert found.kept == high.kept
