@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from ablation.conftest import Place, place  # noqa: F401 (a fixture)
+from ablation.conftest import Place
 from data.shard_maker import make_shards
 
 from multikd.cli import main
@@ -185,7 +185,7 @@ def test_mean_of_probabilities_not_of_logits() -> None:
 def test_of_the_command(
     place: Place,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.manual_seed(1)
     torch.save(timm.create_model("test_vit", num_classes=10, img_size=32).state_dict(),
