@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from multikd.callbacks.precompute import fill_cache, fingerprints_of
+from multikd.callbacks.precompute import fill_cache, fingerprints_of, settle_logits
 from multikd.data.cache import FeatureCache, TeacherRecord
 from multikd.data.cache_record import cache_file, codec_file
 from multikd.data.module import ShardDataModule
@@ -93,6 +93,7 @@ def run_cache(
     if not isinstance(module, DistillationModule) or not isinstance(data, ShardDataModule):
         raise ValueError("a cache is made for a DistillationModule and a ShardDataModule")
     data.setup("fit")
+    settle_logits(module, str(out))
     fingerprints = fingerprints_of(module)
     begun = time.perf_counter()
     complete = data.cache_complete(fingerprints, verify=True)

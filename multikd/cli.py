@@ -292,6 +292,42 @@ def _add_teachers(commands: Any) -> None:
     )
     compare.set_defaults(passes_settings_on=True)
     _json_argument(compare)
+    head = _command(
+        actions,
+        "fit-head",
+        _teachers_fit_head,
+        "fit a linear classifier on the features of a config's teachers, so that they give logits",
+        "The teachers see the config's evaluation views. Everything else is passed on as to\n"
+        "`multikd fit`.\n\nexamples:\n"
+        "  multikd teachers fit-head --config classics/response \\\n"
+        "    --data multikd-demo/shards/train --out multikd-demo/heads\n"
+        "  multikd teachers fit-head --encoder timm:vit_small_patch14_dinov2 --data shards/ \\\n"
+        "    --out head.safetensors\n",
+    )
+    head.add_argument("--encoder", default=None, metavar="NAME", help="in place of a config")
+    calibrating = _command(
+        actions,
+        "calibrate",
+        _teachers_calibrate,
+        "find the temperature of each teacher's logits on held-out labels",
+        "Of two classes, temperature and bias (Platt). The expected calibration error is told\n"
+        "before and after. Everything else is passed on as to `multikd fit`.\n\nexamples:\n"
+        "  multikd teachers calibrate --config classics/response --data held-out/ \\\n"
+        "    --out calibrated.yaml\n"
+        "  multikd fit --config classics/response --model.teachers=calibrated.yaml\n",
+    )
+    for action, kind, needed in (
+        (head, "FILE.safetensors or folder", True),
+        (calibrating, "YAML of the calibrated teachers", False),
+    ):
+        action.add_argument("--data", required=True, metavar="SHARDS", help="labelled shards")
+        action.add_argument("--out", type=Path, required=needed, metavar="PATH", help=kind)
+        action.add_argument(
+            "--teachers", default="", metavar="A,B", help="these of its teachers (default: all)"
+        )
+        action.add_argument("--overwrite", action="store_true", help="replace what is there")
+        action.set_defaults(passes_settings_on=True)
+        _json_argument(action)
 
 
 def _add_cache(commands: Any) -> None:
@@ -901,6 +937,38 @@ def _teachers_stats(arguments: argparse.Namespace) -> int:
         arguments.settings, arguments.out, arguments.images, names, arguments.overwrite
     )
     return _finish(text, figures, arguments.json)
+
+
+def _teachers_fit_head(arguments: argparse.Namespace) -> int:
+    from multikd.teacher_classifiers import run_fit_head
+
+    if arguments.encoder is None:
+        _needs_run(arguments, "teachers fit-head", "to get a classifier")
+    take_over_lightning()
+    found = run_fit_head(
+        arguments.settings,
+        arguments.data,
+        arguments.out,
+        _names(arguments.teachers),
+        arguments.encoder,
+        arguments.overwrite,
+    )
+    return _finish(*found, arguments.json)
+
+
+def _teachers_calibrate(arguments: argparse.Namespace) -> int:
+    from multikd.teacher_classifiers import run_calibrate
+
+    _needs_run(arguments, "teachers calibrate", "calibrated")
+    take_over_lightning()
+    found = run_calibrate(
+        arguments.settings,
+        arguments.data,
+        arguments.out,
+        _names(arguments.teachers),
+        arguments.overwrite,
+    )
+    return _finish(*found, arguments.json)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from multikd.shipped import find_config, find_fragment
 from multikd.untrusted import read_bytes
 
 _MOST_NESTED = 8
+_SECTIONS = ("trainer", "model", "data")
 _MOST_BYTES = 1 << 20  # of a config file; a data set of many shards is a folder or a brace range
 _MOST_BRACKETS = 100
 _MOST_CHARACTERS = 1 << 24  # of a config once its aliases are written out
@@ -130,7 +131,8 @@ def inline_fragments(value: Any, folder: Path, key: str = "", depth: int = 0) ->
     """A config with the content of every fragment in place of its name.
 
     A file is a fragment when it holds objects (``class_path``) or stands for a whole ``trainer``,
-    ``model`` or ``data`` section; the names of other YAML files are left as they are.
+    ``model`` or ``data`` section, or for all ``teachers``; the names of other YAML files are left
+    as they are.
 
     Raises:
         ValueError: a fragment that is not found, or fragments that name one another in a circle.
@@ -145,7 +147,7 @@ def inline_fragments(value: Any, folder: Path, key: str = "", depth: int = 0) ->
     if path is None:
         return value
     content = read_yaml(path)
-    if not _is_objects(content) and key not in ("trainer", "model", "data"):
+    if not _is_objects(content) and key not in (*_SECTIONS, "teachers"):
         return str(path) if (folder / value).is_file() else value
     return inline_fragments(content, path.parent, key, depth + 1)
 
@@ -266,7 +268,7 @@ def _allows_pipe(config: Any) -> bool:
 def _fragment(option: str, value: str) -> Any:
     """The content of the fragment that an option names; anything else is None."""
     section, *_ = option.lstrip("-").partition(".")
-    if section not in ("trainer", "model", "data") or not option.startswith("--"):
+    if section not in _SECTIONS or not option.startswith("--"):
         return None
     path = find_fragment(value)
     if path is None:

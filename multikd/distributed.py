@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,31 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     # Its name from torch 2.14 on, which warns of the one before.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, rows)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_gather_rows(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Every rank's loss depends on these rows.
+        total = all_reduce_sum(gradient)
+        count = len(total) // world_size()
+        return total[rank() * count : (rank() + 1) * count]
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """``all_gather_rows`` with its gradient: the sum of what the losses of all ranks say of them.
+
+    DDP's mean over ranks of the parameters' gradients is then that of the ranks' mean loss, as in
+    one process. All ranks must go backward through it.
+    """
+    if not is_distributed():
+        return tensor
+    gathered: Tensor = _GatherRows.apply(tensor)
     return gathered
 
 

@@ -263,6 +263,8 @@ class MultikdCLI(LightningCLI):
                 preflight.check_monitors(trainer, data)
             if isinstance(model, DistillationModule):
                 preflight.check_images(model, data)
+                if subcommand == "fit":
+                    preflight.check_labels(model, data)
         if subcommand == "fit" and given is None and not self.resume_auto:
             preflight.check_earlier_run(trainer)
         preflight.check_output(trainer.default_root_dir)
@@ -476,7 +478,7 @@ def _cli(arguments: list[str], run: bool, own: OwnArguments, kind: type[MultikdC
     )
 
 
-class _ParsedOnly(MultikdCLI):
+class ParsedOnly(MultikdCLI):
     """Parses and checks the types of a config; builds nothing."""
 
     def instantiate_classes(self) -> None:
@@ -491,7 +493,7 @@ def parse_config(config: dict[str, Any]) -> None:
     """
     with without_known_noise():
         arguments = [f"--config={json.dumps(config, default=str)}"]
-        build_cli(arguments, run=False, kind=_ParsedOnly, typed=False)
+        build_cli(arguments, run=False, kind=ParsedOnly, typed=False)
 
 
 @contextmanager
@@ -528,6 +530,7 @@ def run_lightning(args: Sequence[str]) -> MultikdCLI:
 __all__ = [
     "ConfigInCheckpoint",
     "MultikdCLI",
+    "ParsedOnly",
     "build_cli",
     "resolve_configs",
     "run_lightning",

@@ -186,6 +186,21 @@ class Ladder(nn.Module):
         return [(int(r), cast(Projector, projector)) for r, projector in projectors.items()]
 
 
+class NoLadder(Ladder):
+    """Of a run that compares no features through projectors: it predicts nobody.
+
+    Args:
+        student_widths: widths of every rung that the student returns.
+    """
+
+    def __init__(self, student_widths: Sequence[Widths]) -> None:
+        nn.Module.__init__(self)
+        self.fused = False
+        self.num_rungs = len(student_widths)
+        self.rungs, self.teachers = (), ()
+        self.projectors = nn.ModuleDict()
+
+
 def resolve_rungs(rungs: str | Sequence[int], count: int) -> tuple[int, ...]:
     """Rung indices in ascending order, from a choice among ``count`` rungs.
 

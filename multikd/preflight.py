@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -19,9 +19,12 @@ from multikd.checkpoints import read_config
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.data.views import ShiftedViews
+from multikd.losses.term import Term
 from multikd.modules.distillation import DistillationModule
 
 log = logging.getLogger(__name__)
+
+_LABELS_SEEN = 64
 
 _PROBES: dict[str, type[FeatureProbe]] = {p.metric: p for p in (KNNProbe, LinearProbe)}
 # Settings that may differ from a checkpoint's: speed, evaluation, where things lie, layout (the
@@ -121,6 +124,39 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
             view,
             student.spec.image_size[0],
             view,
+        )
+
+
+def check_labels(module: DistillationModule, data: ShardDataModule) -> None:
+    """Refuse terms on labels where the training shards have none, or others than the student's.
+
+    Looks at a few samples of each data set, spread over it; of the indexed mode alone.
+
+    Raises:
+        ValueError: names the term, and what is missing.
+    """
+    terms = {name: cast(Term, term) for name, term in module.terms.items()}
+    for name, term in terms.items():
+        if term.column is not None and term.column not in data.label_columns:
+            raise ValueError(
+                f"term {name!r} learns the label column {term.column!r}, which is not read: add it "
+                "to data.label_columns"
+            )
+    reading = [name for name, term in terms.items() if term.reads_labels and term.weight > 0]
+    if not reading or data.sequential:
+        return
+    labels = data.some_labels("train", _LABELS_SEEN)
+    if labels and max(labels) < 0:
+        raise ValueError(
+            f"term {reading[0]!r} learns from labels, and none of the {len(labels)} training "
+            "samples that were looked at has one: give labelled shards (`multikd shards inspect` "
+            "counts labels), or leave the term out"
+        )
+    classes = module.student.num_classes
+    if labels and max(labels) >= classes > 0:
+        raise ValueError(
+            f"the training shards have the label {max(labels)} and the student {classes} classes: "
+            f"set model.student.num_classes to {max(labels) + 1} or more"
         )
 
 

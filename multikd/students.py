@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal
 
 import torch
@@ -156,7 +156,10 @@ class StudentEncoder(nn.Module):
         return self._grids[image_size]
 
     def freeze_unreached(
-        self, uses_features: bool, tokens: Collection[TokenType] = TOKEN_TYPES
+        self,
+        uses_features: bool,
+        tokens: Collection[TokenType] = TOKEN_TYPES,
+        reads: Callable[[StudentOutput], Iterable[Tensor]] | None = None,
     ) -> list[str]:
         """Freeze the parameters that no loss reaches, so that DDP waits for none of them.
 
@@ -165,7 +168,8 @@ class StudentEncoder(nn.Module):
 
         Args:
             uses_features: a loss reads ``StudentOutput.features``.
-            tokens: the token types that the ladder reads.
+            tokens: the token types that the ladder reads; none where there is no ladder.
+            reads: what else is read of an output.
 
         Returns:
             Their names (``model.`` prefix included), in the model's order.
@@ -179,6 +183,7 @@ class StudentEncoder(nn.Module):
                 found += [part.patches] if "patches" in tokens else []
             if uses_features:
                 found += [final.summary, final.patches, final.logits]
+            found += [] if reads is None else reads(StudentOutput(rungs, final))
             return [tensor for tensor in found if tensor is not None]
 
         reached = reached_parameters(self.model, self.spec.image_size, outputs)

@@ -36,6 +36,7 @@ class TokenFeatures:
         grid: ``(h, w)`` with ``h * w == N``; None where there are no patches.
         logits: ``(B, K)`` where the encoder has a classifier.
         layers: intermediate features, where they were asked for.
+        layer_numbers: which blocks or stages of the encoder ``layers`` are, from 0 on.
         places: int64 ``(B, n)``, which patches of ``places_grid`` the ``n`` of ``patches`` are,
             where a cache kept only some; ``grid`` is None then.
         places_grid: the whole grid.
@@ -46,6 +47,7 @@ class TokenFeatures:
     grid: Grid | None = None
     logits: Tensor | None = None
     layers: tuple[TokenFeatures, ...] = ()
+    layer_numbers: tuple[int, ...] = ()
     places: Tensor | None = None
     places_grid: Grid | None = None
 
@@ -74,6 +76,7 @@ class TokenFeatures:
             grid=self.grid,
             logits=None if self.logits is None else function(self.logits),
             layers=tuple(layer.map(function) for layer in self.layers),
+            layer_numbers=self.layer_numbers,
             places=None if self.places is None else function(self.places),
             places_grid=self.places_grid,
         )
@@ -128,6 +131,7 @@ class Batch:
             drawn anew each epoch.
         cached: teacher name → features of ``views[0]``, where a cache serves them.
         faults: samples that were replaced in this batch, with the cause.
+        columns: name → int64 ``(B,)``, further label columns, −1 where there is none.
     """
 
     views: list[Tensor]
@@ -141,6 +145,7 @@ class Batch:
     recorded: Tensor | None = None
     cached: dict[str, TokenFeatures] | None = None
     faults: list[Fault] = field(default_factory=list)
+    columns: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -162,6 +167,9 @@ class Batch:
             cached=None
             if self.cached is None
             else {name: features.map(function) for name, features in self.cached.items()},
+            columns=None
+            if self.columns is None
+            else {name: function(column) for name, column in self.columns.items()},
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:

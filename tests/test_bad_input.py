@@ -49,6 +49,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     torch.save(teacher.state_dict(), root / "teacher.pth")
     torch.save({"conv1.weight": torch.zeros(2)}, root / "other.pth")
     make_shards(root / "shards", [24, 24], size=(32, 32))
+    bare = root / "bare" / "bare-000.tar"
+    bare.parent.mkdir()
+    with tarfile.open(bare, "w") as tar:
+        for number in range(24):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(png(number))
+            tar.addfile(info, io.BytesIO(png(number)))
     (root / "none").mkdir()
     whole = (root / "shards" / "s-000.tar").read_bytes()
     (root / "empty.tar").write_bytes(b"")
@@ -160,6 +167,28 @@ ON_THE_COMMAND_LINE = {
     f"{STUDENT}.name=swin_tinny_patch4_window7_224": "did you mean 'swin_tiny_patch4_window7_224'",
     "--model.student=students/vit_dmo.yaml": "did you mean 'students/vit_demo.yaml'",
     "--model.teachers={}": "no teachers: give at least one",
+    # terms beside the ladder
+    "--model.terms.r=ResponseTerm --model.student.num_classes=10": (
+        "teacher 'vit' (timm:test_vit) has no classifier: fit one with `multikd teachers fit-head`"
+    ),
+    "--model.terms.r=ResponseTerm --model.terms.r.init_args.temperature=0": (
+        "temperature must be above 0, received 0"
+    ),
+    "--model.terms.l=LabelLoss --model.student.num_classes=10 --data.train=ROOT/bare": (
+        "term 'l' learns from labels, and none of the 24 training samples"
+    ),
+    "--model.terms.l=LabelLoss --model.student.num_classes=3": (
+        "the training shards have the label 9 and the student 3 classes"
+    ),
+    "--model.terms.l=LabelLoss --model.terms.l.column=c --model.terms.l.num_classes=4": (
+        "term 'l' learns the label column 'c', which is not read: add it to data.label_columns"
+    ),
+    "--model.loss=NoFeatureLoss": "no loss is left: with NoFeatureLoss for every teacher",
+    "--model.terms.h=HintTerm --model.terms.h.rung=3": "term 'h' reads rung 3 of the student",
+    f"{TEACHER}.temperature=-1": "temperature must be above 0, received -1",
+    f"{TEACHER}.temperature=2": "gives no logits that temperature and bias could calibrate",
+    f"{TEACHER}.head=ROOT/gone.safetensors": "there is no classifier at ROOT/gone.safetensors",
+    "--model.curriculum=Curriculum": "a curriculum by entropy reads the class probabilities of 1",
     # weights and grids
     f"{TEACHER}.checkpoint=ROOT/gone.pth": "no checkpoint at 'ROOT/gone.pth'",
     f"{TEACHER}.checkpoint=ROOT/other.pth": "other.pth does not fit VisionTransformer: it lacks",

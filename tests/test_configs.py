@@ -46,6 +46,7 @@ from multikd.shipped import (
 )
 from multikd.students import StudentEncoder
 from multikd.teachers import Teacher, TimmEncoder
+from multikd.teachers.head import ClassifierHead, write_head
 
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
 
@@ -65,8 +66,22 @@ def build(*args: str) -> fit.MultikdCLI:
         return fit.build_cli([*args, *HERE, "--trainer.precision=32-true"], run=False)
 
 
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `multikd teachers fit-head` has been, as the classics say."""
+    folder = tmp_path_factory.mktemp("heads")
+    for teacher in ("lite0", "lite1", "lite2"):
+        head = ClassifierHead(torch.zeros(10, 1280), torch.zeros(10), {})
+        (folder / "multikd-demo/heads").mkdir(parents=True, exist_ok=True)
+        write_head(folder / "multikd-demo/heads" / f"{teacher}.safetensors", head)
+    return folder
+
+
 @pytest.mark.parametrize("name", shipped_configs())
-def test_every_config_parses_and_builds(name: str, tmp_path: Path) -> None:
+def test_every_config_parses_and_builds(
+    name: str, tmp_path: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(heads)
     cli = build(f"--config={name}", f"--trainer.default_root_dir={tmp_path}")
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     assert isinstance(module, DistillationModule)

@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"callbacks"},
     {
         *("fit", "fit_summary", "fit_faults", "checkpoints", "preflight"),
-        *("teacher_statistics", "cache_command"),
+        *("teacher_statistics", "teacher_classifiers", "cache_command"),
     },
     {"export"},
     {"retention"},

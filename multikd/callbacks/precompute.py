@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
@@ -10,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from multikd.data.cache import FeatureCacheWriter
+from multikd.data.cache_record import read_meta
 from multikd.data.loader import ShardLoader
 from multikd.data.module import ShardDataModule
 from multikd.distributed import all_or_none, barrier
+from multikd.losses.term import Term
 from multikd.modules.distillation import DistillationModule, to_float
 from multikd.teachers.kept import facts_of
 from multikd.types import TOKEN_TYPES, TokenFeatures, stack_token_features
@@ -52,6 +56,7 @@ class PrecomputeFeatures(pl.Callback):
             raise ValueError(
                 "PrecomputeFeatures needs a folder for the features: set data.init_args.cache"
             )
+        settle_logits(pl_module, data.cache)
         fingerprints = fingerprints_of(pl_module)
         complete = data.cache_complete(fingerprints, verify=True)
         barrier()  # every rank has looked before any of them writes
@@ -60,6 +65,39 @@ class PrecomputeFeatures(pl.Callback):
         else:
             fill_cache(trainer, pl_module, data, fingerprints, self.progress)
         barrier()
+
+
+def settle_logits(module: DistillationModule, folder: str) -> None:
+    """Give logits for the cache also where it keeps them and no term of this run reads them.
+
+    Raises:
+        ValueError: a term reads what the cache does not keep, or there are no teachers.
+    """
+    if not module.teacher_names:
+        raise ValueError(
+            f"data.cache ({folder}) keeps features of teachers, and this run has none: set it to "
+            "null"
+        )
+    for term_name, term in module.terms.items():
+        for name in cast(Term, term).layers_of:
+            raise ValueError(
+                f"term {term_name!r} reads a layer of teacher {name!r}, and a feature cache keeps "
+                "final features only: set data.cache to null, or the term's layers to null for "
+                "the final patches"
+            )
+    try:
+        records = read_meta(Path(folder), None)
+    except (FileNotFoundError, ValueError):  # said where the cache is opened
+        return
+    for name, record in records.items():
+        if name in module.logits_of and record.logits is None:
+            raise ValueError(
+                f"a term reads the logits of teacher {name!r}, which the feature cache {folder} "
+                "does not keep (it was made for a run without such a term): name another folder, "
+                "or remove this one"
+            )
+        if record.logits is not None:
+            module.logits_of.add(name)
 
 
 def fingerprints_of(module: DistillationModule) -> dict[str, str]:

@@ -37,16 +37,18 @@ from multikd.data.cache_record import (
     write_meta,
 )
 from multikd.data.cache_storage import (
+    KEPT,
     CacheDtype,
     CacheStorage,
     Ints,
+    Kept,
     TokenCodec,
     measure_codecs,
     places_of,
     reduce_patches,
 )
 from multikd.files import write_atomically
-from multikd.types import Batch, TokenFeatures, TokenType
+from multikd.types import Batch, TokenFeatures
 from multikd.untrusted import read_bytes
 
 __all__ = [
@@ -77,7 +79,7 @@ class FeatureCache:
         self.source = source
         self.records = read_meta(self.folder, source)
         self._maps: dict[tuple[str, str], npt.NDArray[Any]] = {}
-        self._codecs: dict[str, dict[TokenType, TokenCodec]] = {}
+        self._codecs: dict[str, dict[Kept, TokenCodec]] = {}
         self._verified: dict[str, npt.NDArray[np.bool_]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,6 +156,7 @@ class FeatureCache:
                 summary=read.get("summary"),
                 patches=read.get("patches"),
                 grid=None if sampled else grid,
+                logits=read.get("logits"),
                 places=None
                 if not sampled or grid is None
                 else torch.from_numpy(places_of(rows, grid[0] * grid[1], sampled)),
@@ -184,7 +187,7 @@ class FeatureCache:
             digest.update(np.ascontiguousarray(self._map(name, token)[first:end]).data)
         return digest.digest()
 
-    def _codecs_of(self, name: str) -> dict[TokenType, TokenCodec]:
+    def _codecs_of(self, name: str) -> dict[Kept, TokenCodec]:
         if name not in self._codecs:
             self._codecs[name] = _read_codecs(self.folder, name, self.records[name])
         return self._codecs[name]
@@ -275,7 +278,7 @@ class FeatureCacheWriter(FeatureCache):
         real = (batch.positions >= 0).cpu()
         place = (t.cpu()[real].numpy() for t in (batch.dataset, batch.samples, batch.recorded))
         rows = self.source.rows_of(*place)
-        for token in ("summary", "patches"):
+        for token in KEPT:
             shape, tensor = getattr(record, token), getattr(features, token)
             received = None if tensor is None else tuple(tensor.shape[1:])
             if received != shape:
@@ -284,8 +287,8 @@ class FeatureCacheWriter(FeatureCache):
                     f"received {received}"
                 )
         for token in record.tokens:
-            if token == "summary":
-                kept = features.summary
+            if token != "patches":
+                kept = getattr(features, token)
             else:
                 chosen = features.map(lambda tensor: tensor[real.to(tensor.device)])
                 kept = reduce_patches(chosen, record.storage, rows)
@@ -293,7 +296,7 @@ class FeatureCacheWriter(FeatureCache):
                 continue
             try:
                 values = self._codecs_of(name)[token].encode(
-                    kept[real.to(kept.device)] if token == "summary" else kept
+                    kept if token == "patches" else kept[real.to(kept.device)]
                 )
             except ValueError as error:
                 raise ValueError(
@@ -323,7 +326,7 @@ class FeatureCacheWriter(FeatureCache):
         for name, pending in self._pending.items():
             if not pending:
                 continue
-            for token in ("summary", "patches"):
+            for token in KEPT:
                 if (values := self._maps.get((name, token))) is not None:
                     values.flush()  # type: ignore[attr-defined]
             done = self._map(name, "done", "r+")
@@ -373,7 +376,7 @@ def _measure(
     return replace(record, codec=hashlib.sha256(data).hexdigest())
 
 
-def _read_codecs(folder: Path, name: str, record: TeacherRecord) -> dict[TokenType, TokenCodec]:
+def _read_codecs(folder: Path, name: str, record: TeacherRecord) -> dict[Kept, TokenCodec]:
     if not record.codec:
         return {token: TokenCodec(record.storage.dtype_of(token)) for token in record.tokens}
     path = codec_file(folder, name)

@@ -2,7 +2,8 @@
 
 ``meta.json`` holds what the features were computed from (:class:`CacheSource`) and a
 :class:`TeacherRecord` of every teacher. A teacher NAME has ``NAME.summary.bin`` and
-``NAME.patches.bin`` of shape ``(rows, …)``, ``NAME.done`` with one byte a row, ``NAME.sums`` with a
+``NAME.patches.bin`` of shape ``(rows, …)`` (and ``NAME.logits.bin`` where a term of the run reads
+them), ``NAME.done`` with one byte a row, ``NAME.sums`` with a
 checksum of every chunk of rows, and ``NAME.codec`` where scales or bases were measured.
 """
 
@@ -17,9 +18,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from multikd.data.cache_storage import STORED, CacheStorage, Ints
+from multikd.data.cache_storage import KEPT, STORED, CacheStorage, Ints, Kept
 from multikd.files import write_atomically
-from multikd.types import TOKEN_TYPES, Grid, TokenFeatures, TokenType
+from multikd.types import Grid, TokenFeatures
 from multikd.untrusted import inside, read_json
 
 FORMAT = 2
@@ -79,6 +80,7 @@ class TeacherRecord:
         chunk: rows that share a checksum.
         codec: SHA-256 of the file of scales and bases; "" without one.
         about: what is known of the teacher without loading it (``known_teacher``).
+        logits: ``(K,)``, or None where they were not kept.
     """
 
     fingerprint: str
@@ -89,6 +91,7 @@ class TeacherRecord:
     chunk: int = 1
     codec: str = ""
     about: dict[str, Any] = field(default_factory=dict, compare=False)
+    logits: tuple[int, ...] | None = None
 
     @property
     def dtype(self) -> str:
@@ -96,9 +99,9 @@ class TeacherRecord:
         return self.storage.dtype
 
     @property
-    def tokens(self) -> tuple[TokenType, ...]:
-        """The token types that are kept."""
-        return tuple(t for t in TOKEN_TYPES if getattr(self, t) is not None)
+    def tokens(self) -> tuple[Kept, ...]:
+        """The token types that are kept, and logits."""
+        return tuple(t for t in KEPT if getattr(self, t) is not None)
 
     @property
     def row_bytes(self) -> int:
@@ -120,15 +123,15 @@ class TeacherRecord:
         count = self.kept_grid[0] * self.kept_grid[1]
         return self.storage.patch_sample if self.storage.patch_sample < count else None
 
-    def stored_shape(self, token: TokenType) -> tuple[int, ...]:
+    def stored_shape(self, token: Kept) -> tuple[int, ...]:
         """Shape of a row as it lies in the file."""
         shape = getattr(self, token)
         width = min(self.storage.components(token) or shape[-1], shape[-1])
-        if token == "summary":
+        if token != "patches":
             return (width,)
         return (self.storage.kept_patches(self.grid, shape[0]), width)
 
-    def stored_dtype(self, token: TokenType) -> np.dtype[Any]:
+    def stored_dtype(self, token: Kept) -> np.dtype[Any]:
         """NumPy's type of the numbers in the file."""
         return STORED[self.storage.dtype_of(token)][0]
 
@@ -141,13 +144,13 @@ class TeacherRecord:
     ) -> TeacherRecord:
         """The record for features like ``example`` (whatever its batch size)."""
 
-        def shape(token: TokenType) -> tuple[int, ...] | None:
+        def shape(token: Kept) -> tuple[int, ...] | None:
             tensor = getattr(example, token)
             return None if tensor is None else tuple(tensor.shape[1:])
 
         record = TeacherRecord(
             fingerprint, shape("summary"), shape("patches"), example.grid, storage,
-            about=dict(about or {}),
+            about=dict(about or {}), logits=shape("logits"),
         )  # fmt: skip
         chunk = max(16, min(4096, _CHUNK_BYTES // max(record.row_bytes, 1)))
         return TeacherRecord(**{**_flat(record), "chunk": chunk})
@@ -162,7 +165,7 @@ class TeacherRecord:
         """Back from ``meta.json``, where tuples are lists."""
 
         def shape(name: str, rank: int) -> Any:
-            value = values[name]
+            value = values.get(name) if name == "logits" else values[name]
             if value is None:
                 return None
             if len(value) != rank or not all(type(n) is int and 0 < n < 1 << 31 for n in value):
@@ -185,20 +188,21 @@ class TeacherRecord:
             chunk,
             codec,
             about if isinstance(about, dict) else {},
+            shape("logits", 1),
         )
 
     def differs(self, other: TeacherRecord) -> tuple[str, object, object] | None:
         """The first setting in which another record differs: its name, ours, the other's."""
         pairs = [(f, getattr(self, f), getattr(other, f)) for f in ("fingerprint", "summary")]
         pairs += [(f, getattr(self.storage, f), getattr(other.storage, f)) for f in _STORAGE]
-        pairs += [(f, getattr(self, f), getattr(other, f)) for f in ("patches", "grid")]
+        pairs += [(f, getattr(self, f), getattr(other, f)) for f in ("patches", "grid", "logits")]
         return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def cache_file(
     folder: Path, source: CacheSource, name: str, record: TeacherRecord, what: str
 ) -> tuple[Path, np.dtype[Any], tuple[int, ...]]:
-    """Path, type and shape of a file: ``summary``, ``patches``, ``done`` or ``sums``."""
+    """Path, type and shape of a file: ``summary``, ``patches``, ``logits``, ``done``, ``sums``."""
     stem = quote(name, safe="")
     # A link in a stranger's folder would have us write to what it points at.
     if what == "done":
@@ -206,7 +210,7 @@ def cache_file(
     if what == "sums":
         chunks = -(-source.rows // record.chunk)
         return inside(folder, f"{stem}.sums"), np.dtype(np.uint8), (chunks, 1 + DIGEST)
-    token: TokenType = "summary" if what == "summary" else "patches"
+    token: Kept = next(t for t in KEPT if t == what)
     shape = (source.rows, *record.stored_shape(token))
     return inside(folder, f"{stem}.{what}.bin"), record.stored_dtype(token), shape
 

@@ -19,6 +19,9 @@ from multikd.grids import resample_patches
 from multikd.types import Grid, TokenFeatures, TokenType
 
 CacheDtype = Literal["float16", "bfloat16", "float32", "int8"]
+Kept = Literal["summary", "patches", "logits"]
+KEPT: tuple[Kept, ...] = ("summary", "patches", "logits")
+"""What may be kept of a view. Logits are few, and are compared as probabilities: always float32."""
 Ints = npt.NDArray[np.int64]
 
 # NumPy has no bfloat16: its bits are stored as 16-bit integers.
@@ -68,16 +71,18 @@ class CacheStorage:
         """Whether float32 features come back bit by bit."""
         return self == CacheStorage("float32") or self == CacheStorage("float32", "float32")
 
-    def dtype_of(self, token: TokenType) -> CacheDtype:
-        """Number format of a token type."""
+    def dtype_of(self, token: Kept) -> CacheDtype:
+        """Number format of a token type, or of logits."""
+        if token == "logits":
+            return "float32"
         own = self.patch_dtype if token == "patches" else None
         return self.dtype if own is None else own
 
-    def components(self, token: TokenType) -> int | None:
+    def components(self, token: Kept) -> int | None:
         """Principal components that are kept of a token type; None for no PCA."""
-        return self.pca if token == "summary" else self.patch_pca
+        return {"summary": self.pca, "patches": self.patch_pca}.get(token)
 
-    def measured(self, token: TokenType) -> bool:
+    def measured(self, token: Kept) -> bool:
         """Whether example features must be measured first: a scale for int8, a basis for PCA."""
         return self.dtype_of(token) == "int8" or self.components(token) is not None
 
@@ -97,7 +102,7 @@ class CacheStorage:
         """Images whose features are measured for scale and basis."""
         return max(512, 4 * max(self.pca or 0, self.patch_pca or 0))
 
-    def bytes_of(self, token: TokenType, width: int, count: int = 1) -> int:
+    def bytes_of(self, token: Kept, width: int, count: int = 1) -> int:
         """Bytes of one row of ``count`` tokens."""
         kept = self.components(token) or width
         return count * min(kept, width) * STORED[self.dtype_of(token)][0].itemsize
@@ -223,7 +228,7 @@ class TokenCodec:
 
 
 def measure_codecs(
-    examples: TokenFeatures, storage: CacheStorage, needed: Mapping[TokenType, bool]
+    examples: TokenFeatures, storage: CacheStorage, needed: Mapping[Kept, bool]
 ) -> dict[TokenType, TokenCodec]:
     """A codec for each token type that ``examples`` has."""
     found: dict[TokenType, TokenCodec] = {}

@@ -19,6 +19,7 @@ from multikd.data.decode import (
     DEFAULT_MAX_PIXELS,
     IMAGE_EXTENSIONS,
     SampleFault,
+    decode_columns,
     decode_label,
     decode_pixels,
     find_image,
@@ -54,6 +55,7 @@ class Sample(NamedTuple):
     pixels: Pixels  # uint8 (H, W, 3), RGB
     label: int  # −1 for none
     key: str
+    columns: tuple[int, ...] = ()  # further labels, −1 for none
     soft: Soft | None = None  # (K,) probabilities
 
     @property
@@ -75,6 +77,7 @@ class SampleReader:
         max_pixels: larger images are faults.
         keep: hold decoded samples in memory; ``preload`` decodes all of them at once, so that
             forked workers share them.
+        columns: further label columns to read of each sample's JSON.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class SampleReader:
         sources: Sequence[ShardSource],
         max_pixels: int = DEFAULT_MAX_PIXELS,
         keep: bool = False,
+        columns: Sequence[str] = (),
     ) -> None:
+        self.columns = tuple(columns)
         self.sources = tuple(sources)
         self.max_pixels = max_pixels
         self._keep = keep
@@ -182,12 +187,14 @@ class SampleReader:
         shard, offset = source.locate(number)
         try:
             members = source.read_members(shard, offset, _wanted(source, shard))
-            return decode_members(members, source.key(shard, offset), self.max_pixels)
+            return decode_members(members, source.key(shard, offset), self.max_pixels, self.columns)
         except SampleFault as fault:
             return fault
 
 
-def decode_members(members: dict[str, bytes], key: str, max_pixels: int) -> Sample:
+def decode_members(
+    members: dict[str, bytes], key: str, max_pixels: int, columns: Sequence[str] = ()
+) -> Sample:
     """Image and labels of a sample's members.
 
     Raises:
@@ -197,7 +204,7 @@ def decode_members(members: dict[str, bytes], key: str, max_pixels: int) -> Samp
     label, soft = decode_label(members), decode_soft(members)
     if soft is not None and label < 0:
         label = int(soft.argmax())
-    return Sample(pixels, label, key, soft)
+    return Sample(pixels, label, key, decode_columns(members, columns), soft)
 
 
 def _wanted(source: ShardSource, shard: int) -> list[str]:
@@ -290,6 +297,7 @@ class ShardDataset(Dataset[Batch]):
         size = max(len(policy.names) for policy in self.policies)
         parameters = np.zeros((len(positions), len(self.policies), size), dtype=np.float32)
         labels, soft, keys, faults = [], [], [], []
+        columns: dict[str, list[int]] = {name: [] for name in self.reader.columns}
         rows = zip(*(a.tolist() for a in (positions, dataset, sample, number)), strict=True)
         for row, (position, group, index, recorded) in enumerate(rows):
             draw_keys = [DrawKey.live(self.seed, epoch, position, v) for v in range(len(views))]
@@ -304,6 +312,9 @@ class ShardDataset(Dataset[Batch]):
             labels.append(found.label if position != FILLER else -1)
             soft.append(found.soft)
             keys.append(found.key)
+            for place, column in enumerate(columns.values()):
+                known = position != FILLER and len(found.columns) == len(columns)
+                column.append(found.columns[place] if known else -1)
             if fault is not None and position != FILLER:
                 faults.append(fault)
             for view, (drawn, image) in enumerate(seen):
@@ -321,6 +332,7 @@ class ShardDataset(Dataset[Batch]):
             recorded=torch.from_numpy(number),
             cached=self._cached(dataset, sample, number),
             faults=faults,
+            columns={n: torch.tensor(c, dtype=torch.int64) for n, c in columns.items()} or None,
         )
 
     def _grey(

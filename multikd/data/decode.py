@@ -14,7 +14,7 @@ import io
 import json
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -330,6 +330,22 @@ def decode_label(members: Mapping[str, bytes]) -> int:
         if isinstance(record, dict) and record.get("label") is not None:
             return _as_label(str(record["label"]).encode(), "json")
     return -1
+
+
+def decode_columns(members: Mapping[str, bytes], columns: Sequence[str]) -> tuple[int, ...]:
+    """Further class numbers of a sample: values of its ``.json``, −1 where it has none.
+
+    Raises:
+        SampleFault: ``bad label``, where a value is no integer from −1 up.
+    """
+    if not columns or "json" not in members:
+        return (-1,) * len(columns)
+    try:
+        record = json.loads(members["json"])
+    except (ValueError, RecursionError) as error:
+        raise SampleFault("bad label", f"json: {error}") from error
+    found = [record.get(name) if isinstance(record, dict) else None for name in columns]
+    return tuple(-1 if v is None else _as_label(str(v).encode(), "json") for v in found)
 
 
 def _as_label(text: bytes, member: str) -> int:

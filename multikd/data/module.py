@@ -23,7 +23,7 @@ from multikd.data.cache import (
 )
 from multikd.data.cache_storage import Ints
 from multikd.data.dataset import RecordedDataset, SampleReader, ShardDataset
-from multikd.data.decode import DEFAULT_MAX_PIXELS
+from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault, decode_label
 from multikd.data.faults import FaultCounter
 from multikd.data.loader import ShardLoader, identity
 from multikd.data.order import EpochOrder
@@ -33,6 +33,7 @@ from multikd.data.sampler import GlobalBatchSampler
 from multikd.data.sequential import SequentialShards, sequential_urls
 from multikd.data.sources import DEFAULT_CACHE, ShardSource
 from multikd.data.specs import DatasetSpec, Opened, dataset_facts
+from multikd.data.urls import is_remote
 from multikd.data.views import EvalViews, UnicViews, ViewPolicy
 from multikd.data.workers import Workers, choose_workers, measure_loading, usable_cores
 from multikd.types import TokenFeatures
@@ -62,6 +63,7 @@ class ShardDataModule(LightningDataModule):
         cache_dtype: number format that features are kept in.
         cache_storage: the same in detail (int8, PCA, fewer patches), in place of ``cache_dtype``.
         recorded_seed: of recorded views, where runs of several seeds share a cache; None: ``seed``.
+        label_columns: names of further labels in the samples' ``.json``, for terms that read them.
         in_memory: decode small sets once and keep the images.
         in_memory_gb: bound of that, per set.
         max_fault_rate: share of unreadable samples past which the run stops.
@@ -115,6 +117,7 @@ class ShardDataModule(LightningDataModule):
         shuffle_buffer: int = 1000,
         cache_storage: CacheStorage | None = None,
         recorded_seed: int | None = None,
+        label_columns: list[str] | None = None,
     ) -> None:
         super().__init__()
         if train_views is None:
@@ -144,6 +147,7 @@ class ShardDataModule(LightningDataModule):
         self.allow_pipe = allow_pipe
         self.epoch_batches = epoch_batches
         self.shuffle_buffer = shuffle_buffer
+        self.label_columns = tuple(label_columns or ())
         self._specs = {"train": train, "val": val, "bank": bank}
         self._source_settings: dict[str, Any] = {
             "index_dir": index_dir,
@@ -180,6 +184,11 @@ class ShardDataModule(LightningDataModule):
             if self.epoch_batches is None:
                 raise ValueError(
                     "the sequential mode does not know how long an epoch is: set epoch_batches"
+                )
+            if self.label_columns:
+                raise ValueError(
+                    "label_columns need the indexed mode: set sequential to false, or leave them "
+                    "out"
                 )
             if recorded or self._specs["train"] is None or isinstance(self._specs["train"], dict):
                 raise ValueError(
@@ -223,6 +232,7 @@ class ShardDataModule(LightningDataModule):
                 [ShardSource(one.urls, **self._source_settings) for one in specs.values()],
                 self.max_pixels,
                 keep=self.in_memory_bytes is not None,
+                columns=self.label_columns,
             ),
         )
         for name, samples in zip(opened.names, opened.samples, strict=True):
@@ -231,6 +241,21 @@ class ShardDataModule(LightningDataModule):
         self._opened[role] = opened
         self._warn_of_small_cache(opened)
         return opened
+
+    def some_labels(self, role: str, count: int) -> list[int]:
+        """Labels of up to ``count`` samples spread over each data set, −1 for none; of shards that
+        are not on this machine, no samples."""
+        found = []
+        for source in self._open(role).reader.sources:
+            if any(is_remote(url) for url in source.urls):
+                continue
+            for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
+                try:
+                    members = source.read_members(*source.locate(int(number)), ("cls", "json"))
+                    found.append(decode_label(members))
+                except SampleFault:  # counted when it is trained on
+                    continue
+        return found
 
     def _warn_of_small_cache(self, opened: Opened) -> None:
         """Say when a window of remote shards is larger than the cache they are kept in."""

@@ -8,7 +8,9 @@ from multikd.losses.balancing import (
     LossBalancer,
     UncertaintyWeights,
 )
+from multikd.losses.batch_relation import RKDTerm, SimilarityPreservingTerm
 from multikd.losses.combined import LossSum
+from multikd.losses.curriculum import Curriculum
 from multikd.losses.dropping import (
     HardestKept,
     NoDropping,
@@ -17,28 +19,39 @@ from multikd.losses.dropping import (
     hardest_kept,
     weigh,
 )
-from multikd.losses.feature import DistillationLoss, FeatureLoss, MSELoss
-from multikd.losses.labels import LabelLoss, Term
+from multikd.losses.feature import DistillationLoss, FeatureLoss, MSELoss, NoFeatureLoss
+from multikd.losses.labels import LabelLoss
+from multikd.losses.layers import AttentionTransferTerm, HintTerm
 from multikd.losses.relation import GramLoss
+from multikd.losses.response import ResponseTerm
 from multikd.losses.shift import ShiftEquivariantMSE
+from multikd.losses.term import TeacherTerm, Term
 
 __all__ = [
     "AngleLoss",
+    "AttentionTransferTerm",
+    "Curriculum",
     "DistillationLoss",
     "DynamicWeightAverage",
     "FeatureLoss",
     "FixedWeights",
     "GramLoss",
     "HardestKept",
+    "HintTerm",
     "InverseLossScale",
     "LabelLoss",
     "LossBalancer",
     "LossSum",
     "MSELoss",
     "NoDropping",
+    "NoFeatureLoss",
+    "RKDTerm",
     "RandomTeachers",
+    "ResponseTerm",
     "ShiftEquivariantMSE",
+    "SimilarityPreservingTerm",
     "TeacherDropper",
+    "TeacherTerm",
     "Term",
     "UncertaintyWeights",
     "hardest_kept",

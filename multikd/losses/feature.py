@@ -43,6 +43,16 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError
 
 
+class NoFeatureLoss(DistillationLoss):
+    """None: the teacher gets no projectors, and only terms compare the student with it.
+
+    As ``model.loss`` it leaves the ladder out altogether; dropping and balancing weigh what is not
+    there then. As one of ``model.teacher_losses`` it leaves out this teacher's.
+    """
+
+    tokens = ()
+
+
 class TokenLoss(DistillationLoss):
     """Base: a weighted mean of the distances of summary and patches.
 

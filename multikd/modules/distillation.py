@@ -7,6 +7,7 @@ losses ``L (T, B)``, dropping and weights ``w (T, B)``, and one number.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 import re
@@ -23,12 +24,13 @@ from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
-from multikd.ladder import Ladder
+from multikd.ladder import Ladder, NoLadder
 from multikd.losses.balancing import FixedWeights, LossBalancer
+from multikd.losses.curriculum import Curriculum
 from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
 from multikd.losses.feature import DistillationLoss, FeatureLoss
-from multikd.losses.labels import Term
 from multikd.losses.shift import view_shift
+from multikd.losses.term import Term, nothing_of
 from multikd.modules.ema import StudentAverage
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
@@ -69,7 +71,9 @@ class DistillationModule(pl.LightningModule):
         teacher_losses: objectives of single teachers, in place of ``loss``.
         dropper: which teachers run, and which count for which image.
         balancer: weights of the teachers.
-        terms: losses beside the teachers' (labels, …), each with a weight of its own.
+        terms: losses beside the ladder (labels, responses, relations, …), each with a weight of
+            its own. With ``loss: NoFeatureLoss`` there are these alone, and with terms on labels
+            the run needs no ``teachers``.
         teacher_view: which of several training views the teachers see while the student learns
             from each of the others; null: each learns from what both see.
         target_grid: on which patch grid prediction and target meet: the ``teacher``'s, the
@@ -81,6 +85,7 @@ class DistillationModule(pl.LightningModule):
         ema_decay: keep an exponential moving average of the student; null for none.
         validate_losses: run the teachers in validation too, for their losses there.
         compile_student: ``torch.compile`` student, ladder and losses.
+        curriculum: which images count yet, easy ones first; null: all of them.
     """
 
     seed: Tensor
@@ -104,14 +109,21 @@ class DistillationModule(pl.LightningModule):
         ema_decay: float | None = None,
         validate_losses: bool = True,
         compile_student: bool = False,
+        curriculum: Curriculum | None = None,
     ) -> None:
         super().__init__()
-        check_names(teachers)
+        check_names(teachers, terms or {})
         self.teachers = TeacherDict(teachers)
         self.teacher_names: tuple[str, ...] = tuple(teachers)
         self.student = student
         self.terms = nn.ModuleDict(terms or {})
-        uses_features = any(term.uses_features for term in (terms or {}).values())
+        for name, term in (terms or {}).items():
+            term.bind(name, student, teachers)
+        self.logits_of = {n for term in (terms or {}).values() for n in term.logits_of}
+        self.curriculum = curriculum
+        if curriculum is not None:
+            curriculum.bind(teachers)
+            self.logits_of |= {*curriculum.names}
         if any(term.uses_logits for term in (terms or {}).values()) and not student.num_classes:
             raise ValueError(
                 "a term needs class logits, but the student has no classifier: "
@@ -122,21 +134,31 @@ class DistillationModule(pl.LightningModule):
         projected = {
             name: projected_widths(name, teacher.widths, cast(DistillationLoss, self.losses[name]))
             for name, teacher in teachers.items()
+            if cast(DistillationLoss, self.losses[name]).tokens
         }
-        self.ladder = Ladder(student.widths, projected, projectors or MLPProjectors())
-        student.freeze_unreached(uses_features, tokens_read(self.ladder, projected.values()))
+        # Those whose features the student predicts; the others, terms alone compare it with.
+        self.ladder_names: tuple[str, ...] = tuple(projected)
+        self.ladder: Ladder = (
+            Ladder(student.widths, projected, projectors or MLPProjectors())
+            if projected
+            else NoLadder(student.widths)
+        )
+        check_trained(self.ladder_names, terms or {})
+        student.freeze_unreached(False, tokens_read(self.ladder, projected.values()), self.reads)
         factory = normalizers or EMAStandardizers()
         self.normalizers = nn.ModuleDict(
-            {name: factory.for_teacher(name, teacher.widths) for name, teacher in teachers.items()}
+            {name: factory.for_teacher(name, teachers[name].widths) for name in projected}
         )
-        for name, teacher in teachers.items():
+        for name in projected:
             objective = cast(DistillationLoss, self.losses[name])
-            objective.bind(teacher.widths)
+            objective.bind(teachers[name].widths)
             self.normalizer(name).raw = objective.raw
         self.dropper = dropper if dropper is not None else NoDropping()
         self.dropper.bind(self.teacher_names)
-        self.balancer = balancer if balancer is not None else FixedWeights()
-        self.balancer.bind(self.teacher_names)
+        # Without a ladder it has nothing to weigh, and its state would never move.
+        self.balancer = balancer if balancer is not None and projected else FixedWeights()
+        if projected:
+            self.balancer.bind(self.ladder_names)
         self.teacher_view = teacher_view
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
@@ -211,9 +233,16 @@ class DistillationModule(pl.LightningModule):
             return {name: self.run_teacher(name, images) for name in names}
 
     def run_teacher(self, name: str, images: Tensor) -> TokenFeatures:
-        """One teacher's features of float images in [0, 1], live; also what a cache stores."""
+        """One teacher's features of float images in [0, 1], live; also what a cache stores.
+
+        Logits are among them only where a term reads them (``logits_of``).
+        """
         features: TokenFeatures = self.teacher(name)(images, self.student.spec.patch_size)
-        return features
+        return features if name in self.logits_of else dataclasses.replace(features, logits=None)
+
+    def reads(self, output: StudentOutput) -> list[Tensor]:
+        """What the terms read of a student's output."""
+        return [t for term in self.terms.values() for t in cast(Term, term).reads(output)]
 
     def normalizer(self, name: str) -> FeatureNormalizer:
         """The target normaliser of a teacher."""
@@ -228,13 +257,14 @@ class DistillationModule(pl.LightningModule):
     ) -> tuple[Tensor, StepRecord]:
         """Loss of one view of a batch, and the record of how it came about."""
         images = to_float(batch.views[view])
-        names = self.teacher_names
-        if training:
-            names = self.dropper.select(self._step_number(batch_idx))
+        ran = self.teacher_names
+        if training and ran:
+            ran = self.dropper.select(self._step_number(batch_idx))
         output: StudentOutput = self.student(images)
         seen = view if self.teacher_view is None or not training else self.teacher_view
         shown = images if seen == view else to_float(batch.views[seen])
-        targets = self.targets(batch, shown, seen, names)
+        targets = self.targets(batch, shown, seen, ran)
+        names = tuple(name for name in ran if name in self.ladder_names)
         shift = None if seen == view else view_shift(batch, view, seen)
         student_grids = [rung.grid for rung in output.rungs if rung.grid is not None]
         grids: dict[str, Grid | None] = {
@@ -259,31 +289,38 @@ class DistillationModule(pl.LightningModule):
                 predictions[name].summary, predictions[name].patches
             )
             norms[f"target/{name}"] = mean_norm(raw.summary, raw.patches)
-        losses = torch.stack(rows)
+        losses = torch.stack(rows) if rows else images.new_zeros((0, len(batch)))
         # Places that only make the batches of all ranks equal (after a change of their number).
-        real = batch.positions >= 0
-        if training:
+        counted, scale = batch.positions >= 0, None
+        if training and self.curriculum is not None:
+            counted, scale = self.curriculum(targets, counted, self._progress())
+        if training and names:
             keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
-            keep = torch.where(real, keep, 0.0)
+            keep = torch.where(counted, keep, 0.0)
             lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
             total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
             if self.keeps_parts:
                 self._keep_parts(names, losses, weights)
+            if scale is not None and self.dropper.normalize == "image":
+                total = total * scale  # with `batch`, what is kept is the divisor already
             total = total + regulariser
-            absent = [name for name in self.teacher_names if name not in names]
-            if absent:
-                total = total + self.ladder.unused_zero(absent)
         else:
             keep = torch.ones_like(losses)
             lambdas = torch.ones(len(names), device=losses.device)
-            total = losses.mean()
+            total = losses.mean() if names else losses.sum()
+        absent = [name for name in self.ladder_names if training and name not in names]
+        if absent:
+            total = total + self.ladder.unused_zero(absent)
+            if not names:  # nor was there anything to balance
+                total = total + nothing_of(self.balancer, total)
         terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            values = term(output, batch)
+            values = term(output, batch, targets) if term.uses_teachers else term(output, batch)
             terms[name] = values.detach()
             if training:
-                values = torch.where(real, values, 0.0)
-            total = total + term.weight * values.mean()
+                values = torch.where(counted, values, 0.0)
+            mean = values.mean() if scale is None else scale * values.mean()
+            total = total + term.weight * mean
         record = StepRecord(
             names=tuple(names),
             losses=losses.detach(),
@@ -310,6 +347,13 @@ class DistillationModule(pl.LightningModule):
         if isinstance(per_epoch, float) and not math.isfinite(per_epoch):
             return batch_idx
         return self.current_epoch * int(per_epoch) + batch_idx
+
+    def _progress(self) -> float:
+        """How much of the run is over, 0 to 1; 1 outside one and where its length is unknown."""
+        if self._trainer is None:
+            return 1.0
+        total = float(self.trainer.estimated_stepping_batches)
+        return min(self.trainer.global_step / total, 1.0) if math.isfinite(total) else 1.0
 
     def _grid(self, student: Sequence[Grid], teacher: Grid | None) -> Grid | None:
         if teacher is None or not student:
@@ -371,7 +415,7 @@ class DistillationModule(pl.LightningModule):
         self._gradients = {}
         rescale_schedule(self.trainer, state, linear=self.lr_batch is not None)
         batches = self.trainer.world_size * data.batch_size / (state.world * state.batch_size)
-        for name in self.teacher_names:
+        for name in self.ladder_names:
             self.normalizer(name).rescale_updates(1.0 / batches)
 
     def on_train_epoch_start(self) -> None:
@@ -410,7 +454,7 @@ class DistillationModule(pl.LightningModule):
             real = batch.positions >= 0
             count = int(real.sum())
             values = {n: _mean_of(record.losses[i], real) for i, n in enumerate(record.names)}
-            total = torch.stack(list(values.values())).mean()
+            total = torch.stack(list(values.values()) or [record.total.new_zeros(())]).mean()
             for name, term in record.terms.items():
                 total = total + cast(Term, self.terms[name]).weight * _mean_of(term, real)
             logged = {f"val/loss/{n}": value for n, value in values.items()} | {"val/loss": total}
@@ -451,7 +495,7 @@ class DistillationModule(pl.LightningModule):
         if math.isfinite(batches):
             views = getattr(getattr(self.trainer, "datamodule", None), "train_views", [None])
             steps = max(len(views) - (self.teacher_view is not None), 1)
-            for name in self.teacher_names:
+            for name in self.ladder_names:
                 self.normalizer(name).set_total_steps(max(int(batches) * steps, 1))
 
     def configure_model(self) -> None:
@@ -558,7 +602,7 @@ class DistillationModule(pl.LightningModule):
         if not self.trainer._logger_connector.should_update_logs:
             return
         values = {"train/grad_norm/student": gradient_norm(list(self.student.parameters()))}
-        for name in self.teacher_names:
+        for name in self.ladder_names:
             parameters = self.ladder.teacher_parameters(name)
             values[f"train/grad_norm/{name}"] = gradient_norm(parameters)
         self.log_dict(values)
@@ -629,9 +673,19 @@ def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp(min=1)
 
 
-def check_names(teachers: Mapping[str, Teacher]) -> None:
-    """Refuse an empty set of teachers and names that can't be parts of a log or parameter name."""
-    if not teachers:
+def check_trained(ladder: Sequence[str], terms: Mapping[str, Term]) -> None:
+    """Refuse a run in which nothing is learned."""
+    if not ladder and not any(term.weight > 0 for term in terms.values()):
+        raise ValueError(
+            "no loss is left: with NoFeatureLoss for every teacher give model.terms at least one "
+            "term with a weight above 0, for example a ResponseTerm"
+        )
+
+
+def check_names(teachers: Mapping[str, Teacher], terms: Mapping[str, Term]) -> None:
+    """Refuse an empty set of teachers (unless there are terms, which may do without), and names
+    that can't be parts of a log or parameter name."""
+    if not teachers and not terms:
         raise ValueError(
             "no teachers: give at least one, for example "
             "--model.teachers.lite0.init_args.encoder=packaged:efficientnet_lite0"

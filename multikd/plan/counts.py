@@ -99,10 +99,12 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
         grids = {
             name: module._grid(student_grids, features.grid) for name, features in targets.items()
         }
+        read = module.reads(output)  # by terms, whose own operations are few
         predictions = module.ladder(output.rungs, grids)
     leaves = [p for p in module.student.parameters() if p.requires_grad]
     leaves += list(module.ladder.parameters())
     outputs = [t for p in predictions.values() for t in (p.summary, p.patches) if t is not None]
+    outputs += read
     backward = _flop(
         lambda: torch.autograd.grad(
             outputs, leaves, [torch.empty_like(t) for t in outputs], allow_unused=True
@@ -112,6 +114,8 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
     alive.clear()
     heads = {
         name: views * _flop(lambda n=name: module.ladder(output.rungs, grids, [n])) / 2  # type: ignore[misc]
+        if name in module.ladder_names
+        else 0.0
         for name in module.teacher_names
     }
     return StepCounts(

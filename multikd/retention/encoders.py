@@ -307,7 +307,10 @@ def _open_checkpoint(
     trained = load_student(path, options.weights)
     settings: dict[str, Any] = trained.config["model"].get("init_args", {})
     teachers: dict[str, Any] = settings.get("teachers") or {}
-    heads = [name for name in teachers if options.heads == "all" or name in options.heads]
+    state = trained.checkpoint.get("state_dict", {})
+    # Terms alone compare the student with the others.
+    able = [n for n in teachers if any(k.startswith(f"ladder.projectors.{n}.") for k in state)]
+    heads = [name for name in able if options.heads == "all" or name in options.heads]
     network = CheckpointNetwork(trained, heads).eval().requires_grad_(False)
     name = alias or "student"
     columns = _student_columns(
@@ -322,7 +325,7 @@ def _open_checkpoint(
     if options.with_teachers:
         for teacher_name, of_run in teachers.items():
             columns.append(_run_teacher(trained, teacher_name, of_run))
-    return columns, list(teachers)
+    return columns, able
 
 
 def _student_columns(

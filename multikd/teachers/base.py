@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from multikd.functional import without_autocast
-from multikd.teachers.encoder import ImageEncoder
+from multikd.teachers.encoder import BackboneEncoder, ImageEncoder
 from multikd.teachers.fingerprint import weight_digest
 from multikd.teachers.folding import fold_batch_norms
+from multikd.teachers.head import ClassifierHead, read_head
 from multikd.teachers.mosaic import compose, decompose
 from multikd.teachers.registry import load_encoder
 from multikd.teachers.resized import resized
@@ -50,6 +51,10 @@ class Teacher(nn.Module):
             images only (SAM), at 1/k² of the cost.
         fold: fold batch norms into convolutions; None does so for the encoders of this package.
         compile: ``torch.compile`` the encoder; the first batch of each size then takes a minute.
+        head: a file of `multikd teachers fit-head`: a linear classifier on the summary, which
+            gives the logits in place of the encoder's own.
+        temperature: logits are divided by it (`multikd teachers calibrate`), above 0.
+        bias: and this is added to them then, one number for each class.
 
     Raises:
         ValueError: the encoder can't be built, or settings exclude one another.
@@ -69,8 +74,15 @@ class Teacher(nn.Module):
         fold: bool | None = None,
         mosaic: int = 1,
         compile: bool = False,
+        head: str | None = None,
+        temperature: float = 1.0,
+        bias: list[float] | None = None,
     ) -> None:
         super().__init__()
+        if not 0.0 < temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be above 0, received {temperature}: 1 leaves logits as they are"
+            )
         if resize not in ("own", "grid", "none"):
             raise ValueError(f"resize must be 'own', 'grid' or 'none', received {resize!r}")
         if dtype != "auto" and dtype not in _DTYPES:
@@ -108,6 +120,27 @@ class Teacher(nn.Module):
         if mosaic > 1:
             self._check_mosaic(cast(Encoder, module).spec, mosaic)
         self.mosaic = mosaic
+        self._head: ClassifierHead | None = None
+        if head is not None:
+            # Of vectors as `summary_vectors` gives them: a summary, else the mean of the patches.
+            widths = self._widths(cast(Encoder, module).spec)
+            width = widths.patches if widths.summary is None else widths.summary
+            self._head = read_head(head, width, spec.name)
+            module.spec = dataclasses.replace(  # type: ignore[assignment]
+                cast(Encoder, module).spec, num_classes=self._head.num_classes
+            )
+        self.temperature = temperature
+        self._bias = None if bias is None else torch.tensor(bias, dtype=torch.float32)
+        classes = cast(Encoder, module).spec.num_classes
+        if (temperature != 1.0 or bias is not None) and not classes:
+            raise ValueError(
+                f"{spec.name} gives no logits that temperature and bias could calibrate: fit a "
+                "classifier with `multikd teachers fit-head` and set head to its file"
+            )
+        if bias is not None and len(bias) != classes:
+            raise ValueError(
+                f"bias must hold one number for each of {classes} classes, received {len(bias)}"
+            )
         self.resize: ResizePolicy = resize
         self.dtype_name: DtypeName = dtype
         self._borrowed = False
@@ -145,13 +178,20 @@ class Teacher(nn.Module):
     @property
     def widths(self) -> Widths:
         """Widths of summary and patches (of patches alone with a mosaic)."""
-        widths = self.spec.widths
-        return widths if self.mosaic == 1 else Widths(None, widths.patches)
+        return self._widths(self.spec)
+
+    def _widths(self, spec: EncoderSpec) -> Widths:
+        return spec.widths if self.mosaic == 1 else Widths(None, spec.widths.patches)
 
     @property
     def num_classes(self) -> int:
         """Classes of its classifier, 0 without one."""
         return self.spec.num_classes
+
+    @property
+    def head(self) -> ClassifierHead | None:
+        """The classifier of a file, where it has one."""
+        return self._head
 
     @property
     def num_parameters(self) -> int:
@@ -165,6 +205,10 @@ class Teacher(nn.Module):
         spec = self.spec
         facts = (spec.image_size, spec.patch_size, spec.mean, spec.std, self.resize, spec.widths)
         tiles = "" if self.mosaic == 1 else f"|mosaic {self.mosaic}"
+        tiles += "" if self._head is None else f"|head {self._head.digest()}"
+        if self.temperature != 1.0 or self._bias is not None:
+            bias = None if self._bias is None else self._bias.tolist()
+            tiles += f"|logits / {self.temperature!r} + {bias!r}"
         return hashlib.sha256(f"{self._digest}|{facts!r}{tiles}".encode()).hexdigest()
 
     @staticmethod
@@ -265,7 +309,43 @@ class Teacher(nn.Module):
             if self.channels_last:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             features: TokenFeatures = self.encoder(pixels)
-        return features if self.mosaic == 1 else decompose(features, self.mosaic, count)
+            if self.mosaic > 1:
+                features = decompose(features, self.mosaic, count)
+            return self._classified(features)
+
+    def _classified(self, features: TokenFeatures) -> TokenFeatures:
+        """With the head's logits, where there is one, and calibrated."""
+        if self._head is None and self._bias is None and self.temperature == 1.0:
+            return features
+        logits = features.logits
+        if self._head is not None:
+            summary, patches = features.summary, features.patches
+            if summary is None and patches is not None:
+                summary = patches.float().mean(dim=1)
+            logits = None if summary is None else self._head(summary)
+        if logits is not None:
+            logits = logits.float() / self.temperature
+            logits = logits if self._bias is None else logits + self._bias
+        return dataclasses.replace(features, logits=logits)
+
+    def ask_layers(self, indices: Sequence[int]) -> list[tuple[int, Widths]]:
+        """From now on ``forward`` also gives these blocks or stages, as ``layers``.
+
+        Args:
+            indices: of the encoder's blocks or stages, negative from the end.
+
+        Returns:
+            Number from 0 on, and widths, of each index.
+
+        Raises:
+            ValueError: the encoder gives no intermediate features, or an index is out of range.
+        """
+        if not isinstance(self.encoder, BackboneEncoder) or self.mosaic > 1:
+            raise ValueError(
+                f"{self.spec.name} gives no intermediate layers (timm encoders without a mosaic "
+                "do): set layer to null for its final patches"
+            )
+        return self.encoder.ask_layers(indices)
 
     # ------------------------------------------------------------------ staying frozen and apart
 
@@ -285,6 +365,10 @@ class Teacher(nn.Module):
             return tensor.to(moved.device, self._dtype_on(moved.device))
 
         self.encoder._apply(placed)  # type: ignore[no-untyped-call]
+        if self._head is not None:
+            self._head.to(move(self._head.bias).device)
+        if self._bias is not None:
+            self._bias = self._bias.to(move(self._bias).device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         if not self._borrowed:

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from multikd.backbones import Normalize, dry_run, final_features, native_size, spec_from_model
-from multikd.types import EncoderSpec, Grid, TokenFeatures
+from multikd.backbones import (
+    Normalize,
+    dry_run,
+    final_features,
+    native_size,
+    plan_rungs,
+    rung_features,
+    spec_from_model,
+)
+from multikd.types import EncoderSpec, Grid, TokenFeatures, Widths
 
 
 class ImageEncoder(nn.Module):
@@ -96,6 +104,7 @@ class BackboneEncoder(ImageEncoder):
             source=source,
         )
         self.set_normalization(self.spec.mean, self.spec.std)
+        self._layers: tuple[int, ...] = ()
 
     @property
     def variant(self) -> str:
@@ -106,5 +115,33 @@ class BackboneEncoder(ImageEncoder):
         return f"timm/{config.get('architecture', type(self.model).__name__)}/{pooling}"
 
     def encode(self, images: Tensor) -> TokenFeatures:
-        """Final features of the timm model."""
-        return final_features(self.model, images)
+        """Final features of the timm model, and the layers that were asked for."""
+        if not self._layers:
+            return final_features(self.model, images)
+        layers, features = rung_features(self.model, images, self._plan)
+        features.layers, features.layer_numbers = layers, self._layers
+        return features
+
+    def ask_layers(self, indices: Sequence[int]) -> list[tuple[int, Widths]]:
+        """``encode`` also gives these blocks or stages from now on, seen as a student's rungs are.
+
+        Returns:
+            Number from 0 on, and widths, of each index.
+
+        Raises:
+            ValueError: the family has no intermediate features, or an index is out of range.
+        """
+        numbers = [
+            plan_rungs(self.model, [index], self.spec.image_size, self.spec.name).indices[0]
+            for index in indices
+        ]
+        every = sorted({*self._layers, *numbers})
+        self._plan = plan_rungs(self.model, every, self.spec.image_size, self.spec.name)
+        self._layers = self._plan.indices
+        seen, _ = dry_run(
+            self.model,
+            self.spec.image_size,
+            lambda model, images: rung_features(model, images, self._plan),
+            self.spec.name,
+        )
+        return [(number, seen[every.index(number)].widths) for number in numbers]

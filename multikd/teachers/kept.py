@@ -32,16 +32,20 @@ def identity(settings: Mapping[str, Any]) -> str | None:
 
     None where that can't be known: encoders that are modules, folders, or classes of a user's own.
     """
-    encoder, checkpoint = settings.get("encoder"), settings.get("checkpoint")
+    encoder = settings.get("encoder")
     if not isinstance(encoder, str) or not encoder.startswith(_SCHEMES) or "local-dir" in encoder:
         return None
-    facts = {k: v for k, v in sorted(settings.items()) if v is not None and k != "checkpoint"}
-    if checkpoint is not None:
+    files = {"checkpoint": "weights", "head": "head"}
+    facts = {k: v for k, v in sorted(settings.items()) if v is not None and k not in files}
+    for setting, fact in files.items():
+        if settings.get(setting) is None:
+            continue
+        path = Path(settings[setting])
         try:
-            status = Path(checkpoint).stat()
+            status = path.stat()
         except OSError:
             return None
-        facts["weights"] = [Path(checkpoint).name, status.st_size, status.st_mtime_ns]
+        facts[fact] = [path.name, status.st_size, status.st_mtime_ns]
     for package in ("timm", "open_clip_torch", "torchvision", "multikd"):
         try:
             facts[package] = version(package)
@@ -119,6 +123,8 @@ class KeptTeacher(Teacher):
         self.dtype_name = settings.get("dtype", "auto")
         self.mosaic = settings.get("mosaic", 1)
         self.channels_last = False
+        self._head = self._bias = None  # come with the encoder
+        self.temperature = settings.get("temperature", 1.0)
         self.training = False
 
     @property
@@ -144,6 +150,7 @@ class KeptTeacher(Teacher):
             real._apply(lambda tensor: tensor.to(self._device))
             self.__dict__["_encoder"] = real.encoder
             self.channels_last, self._digest = real.channels_last, real._digest
+            self._head, self._bias = real._head, real._bias
         found: nn.Module = self.__dict__["_encoder"]
         return found
 

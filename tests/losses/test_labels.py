@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multikd.losses.labels import LabelLoss, Term
+from multikd.losses import LabelLoss, Term
 from multikd.types import Batch, StudentOutput, TokenFeatures
 
 
