@@ -15,6 +15,7 @@ from torch import Tensor
 from multikd import __version__
 from multikd.backbones import build_model, check_model_args, skeleton
 from multikd.config_files import parse_yaml
+from multikd.errors import unknown_name
 from multikd.imports import ImportRefusedError, only_allowed
 from multikd.students import StudentEncoder
 
@@ -138,16 +139,20 @@ def read_config(checkpoint: dict[str, Any], path: Path | str) -> dict[str, Any]:
     return config
 
 
-def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStudent:
+def load_student(
+    path: Path | str, weights: WeightChoice = "auto", member: str | None = None
+) -> TrainedStudent:
     """Build the student that a checkpoint trained; nothing but the file is needed.
 
     Args:
         path: a checkpoint that ``multikd fit`` wrote.
         weights: the ``ema`` average, the ``raw`` last weights, or ``auto``: the average where the
             run kept one.
+        member: of a run that trained several students, the name or index of one; None takes the
+            best of its last validation.
 
     Raises:
-        ValueError: not a checkpoint of ours, or the average asked for was not kept.
+        ValueError: not a checkpoint of ours, or the average or student asked for is not in it.
     """
     checkpoint = read_checkpoint(path)
     config = read_config(checkpoint, path)
@@ -163,12 +168,18 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
         )
     taken = "ema" if has_average and weights != "raw" else "raw"
     prefix = "average.student." if taken == "ema" else "student."
+    described = settings.get("student")
+    if member is not None or (described is None and isinstance(settings.get("students"), dict)):
+        chosen, described = _member(path, settings.get("students"), member, state)
+        prefix = f"students.{chosen}."
     version = str(checkpoint[CHECKPOINT_KEY].get("version", "unknown"))
     own = {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
     try:
         # Without memory first: a stranger's config may ask for more than there is.
-        _check_size(settings["student"], own)
-        student = build_student(settings["student"])
+        if not isinstance(described, dict):
+            raise ValueError("its config describes no student")
+        _check_size(described, own)
+        student = build_student(described)
         student.load_state_dict(own)
     except ImportRefusedError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -195,6 +206,27 @@ def load_student(path: Path | str, weights: WeightChoice = "auto") -> TrainedStu
         version=version,
         checkpoint=checkpoint,
     )
+
+
+def _member(
+    path: Path | str, students: Any, member: str | None, state: dict[str, Tensor]
+) -> tuple[str, Any]:
+    """Name and settings of one of several students.
+
+    Raises:
+        ValueError: the run trained one student only, or has none of this name.
+    """
+    if not isinstance(students, dict) or not students:
+        raise ValueError(f"{path} holds one student only: leave --student out")
+    names = [str(name) for name in students]
+    if member is None:
+        best = int(state["best"]) if "best" in state and state["best"].numel() == 1 else 0
+        member = names[best] if 0 <= best < len(names) else names[0]
+    elif member not in names:
+        if not member.isdecimal() or int(member) >= len(names):
+            raise unknown_name("student", member, names, f"(or an index, 0 to {len(names) - 1})")
+        member = names[int(member)]
+    return member, students[member]
 
 
 def epochs_trained(checkpoint: dict[str, Any]) -> int:

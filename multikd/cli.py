@@ -633,6 +633,12 @@ def _add_export(commands: Any) -> None:
         "average where the run kept one)",
     )
     parser.add_argument(
+        "--student",
+        metavar="NAME",
+        help="of a run of several students (mutual learning): the name or index of one "
+        "(default: the best)",
+    )
+    parser.add_argument(
         "--classifier", action="store_true", help="keep the trained linear classifier"
     )
     parser.add_argument(
@@ -980,6 +986,7 @@ def _export(arguments: argparse.Namespace) -> int:
         quantize=split_names(arguments.quantize),
         heads=split_names(arguments.heads),
         weights=arguments.weights,
+        student=arguments.student,
         timm=TimmOptions(
             classifier=arguments.classifier,
             output=arguments.output,

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from multikd.preflight import checkpoint_folders, shown
 from multikd.saving import steps_in
 
-_SAID = ("epoch/loss", "val/knn", "val/linear")
+_SAID = ("epoch/loss", "val/knn", "val/linear", "val/accuracy")
 
 
 def figures_of(trainer: pl.Trainer, seconds: float) -> dict[str, Any]:

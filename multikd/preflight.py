@@ -21,6 +21,7 @@ from multikd.data.resuming import LoaderState
 from multikd.data.views import ShiftedViews
 from multikd.losses.term import Term
 from multikd.modules.distillation import DistillationModule
+from multikd.modules.resumable import Resumable
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def check_checkpoint(
     Raises:
         ValueError: it is not ours, or of another config; names what differs.
     """
-    if not isinstance(module, DistillationModule):
+    if not isinstance(module, DistillationModule | Resumable):
         return
     kept = read_config(checkpoint, path)
     changed = list(differences(kept, config))
@@ -303,20 +304,24 @@ def check_place(checkpoint: dict[str, Any], data: ShardDataModule) -> None:
         data.check_resumed(state)
 
 
-def _another_teacher(checkpoint: dict[str, Any], module: DistillationModule) -> str | None:
-    kept = checkpoint.get("teachers")
+def _another_teacher(
+    checkpoint: dict[str, Any], module: DistillationModule | Resumable
+) -> str | None:
+    kept, own = checkpoint.get("teachers"), module.teacher_facts()
     if not isinstance(kept, dict):
         return None
-    if sorted(kept) != sorted(module.teacher_names):
-        names, here = ", ".join(sorted(kept)), ", ".join(sorted(module.teacher_names))
+    if sorted(kept) != sorted(own):
+        names, here = ", ".join(sorted(kept)), ", ".join(sorted(own))
         return f"its teachers are {names}, and here they are {here}"
-    for name in module.teacher_names:
-        if kept[name].get("fingerprint") != module.teacher(name).fingerprint():
+    for name, facts in own.items():
+        if kept[name].get("fingerprint") != facts["fingerprint"]:
             return f"its teacher {name!r} has other weights or another input"
     return None
 
 
-def _other_tensors(checkpoint: dict[str, Any], module: DistillationModule) -> str | None:
+def _other_tensors(
+    checkpoint: dict[str, Any], module: DistillationModule | Resumable
+) -> str | None:
     kept, own = checkpoint["state_dict"], module.state_dict()
     for key in [*own, *kept]:
         if key not in kept:

@@ -10,6 +10,7 @@ from multikd.backbones.features import RungPlan, final_features, plan_rungs, run
 from multikd.backbones.limits import check_model_args
 from multikd.backbones.measure import (
     dry_run,
+    freeze_unread,
     meta_copy,
     native_size,
     reached_parameters,
@@ -25,6 +26,7 @@ __all__ = [
     "check_model_args",
     "dry_run",
     "final_features",
+    "freeze_unread",
     "is_skeleton",
     "known_names",
     "load_weights",

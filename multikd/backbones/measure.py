@@ -92,6 +92,20 @@ def reached_parameters(
         return probe(copy.deepcopy(module).cpu().float(), "cpu")
 
 
+def freeze_unread(
+    module: M, image_size: Grid, outputs: Callable[[M, Tensor], Iterable[Tensor]]
+) -> list[str]:
+    """Freeze the parameters that ``outputs`` do not depend on, and give their names.
+
+    So that every parameter that is trained gets a gradient, which DDP waits for.
+    """
+    reached = reached_parameters(module, image_size, outputs)
+    frozen = [n for n, p in module.named_parameters() if p.requires_grad and n not in reached]
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    return frozen
+
+
 def spec_from_model(
     model: nn.Module,
     features: TokenFeatures,

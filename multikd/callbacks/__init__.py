@@ -4,6 +4,7 @@ from multikd.callbacks.data_faults import DataFaults
 from multikd.callbacks.feature_writer import FeatureWriter
 from multikd.callbacks.finite import FiniteLossGuard, NonFiniteLossError
 from multikd.callbacks.gradient_share import GradientShare
+from multikd.callbacks.influence import InfluentialSamples
 from multikd.callbacks.knn_probe import KNNProbe
 from multikd.callbacks.linear_probe import LinearProbe
 from multikd.callbacks.precompute import PrecomputeFeatures
@@ -18,6 +19,7 @@ __all__ = [
     "FeatureWriter",
     "FiniteLossGuard",
     "GradientShare",
+    "InfluentialSamples",
     "KNNProbe",
     "LinearProbe",
     "LossSpikes",

@@ -13,9 +13,13 @@ from torch.optim import Optimizer
 from multikd.distributed import all_gather_object, all_reduce_max
 from multikd.modules.distillation import DistillationModule
 from multikd.modules.records import StepRecord, gradient_norm
+from multikd.modules.resumable import Resumable
 from multikd.modules.undo import StepUndo
 
 log = logging.getLogger(__name__)
+
+# Modules that can put back what the batches of a skipped step changed.
+_UNDOING = (DistillationModule, Resumable)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -66,7 +70,7 @@ class FiniteLossGuard(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a run that was stopped."""
         self._pending, self._steps = [], 0
-        if isinstance(pl_module, DistillationModule):
+        if isinstance(pl_module, _UNDOING):
             pl_module.undo = None if self.max_in_a_row == 1 else StepUndo()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,7 +103,7 @@ class FiniteLossGuard(pl.Callback):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             bad = torch.maximum(bad, (~torch.isfinite(gradient_norm(parameters))).float())
         skip = float(all_reduce_max(bad)) != 0.0
-        if isinstance(pl_module, DistillationModule):
+        if isinstance(pl_module, _UNDOING):
             pl_module.skip_step = skip
         if not skip:
             self.in_a_row = 0
@@ -108,7 +112,7 @@ class FiniteLossGuard(pl.Callback):
         self.in_a_row += 1
         said = [s for part in all_gather_object(describe(pending)) for s in part]
         said = said or [f"the gradient at step {trainer.global_step} (each loss is finite)"]
-        if isinstance(pl_module, DistillationModule) and pl_module.undo is not None:
+        if isinstance(pl_module, _UNDOING) and pl_module.undo is not None:
             pl_module.undo.undo()
         if scaler is None:  # which finds that they are not finite, and skips the step itself
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):

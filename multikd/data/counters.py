@@ -25,6 +25,7 @@ class Stream(IntEnum):
     BLOCK = 3
     LIVE_VIEW = 4
     RECORDED_VIEW = 5
+    HELD_OUT = 16
 
 
 def raw_words(

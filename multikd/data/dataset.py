@@ -171,6 +171,16 @@ class SampleReader:
         yield number, False
         yield from (*near[:2], *far[:1], *near[2:], *far[1:])
 
+    def label(self, dataset: int, number: int) -> int | None:
+        """A sample's label alone, −1 for none; None where it can't be read."""
+        source = self.sources[dataset]
+        shard, offset = source.locate(number)
+        try:
+            wanted = [e for e in _wanted(source, shard) if e in ("cls", "json")]
+            return decode_label(source.read_members(shard, offset, wanted))
+        except SampleFault:
+            return None
+
     def _find(self, dataset: int, number: int) -> Sample | SampleFault:
         known = self._kept.get((dataset, number))
         if known is not None:

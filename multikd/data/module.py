@@ -25,6 +25,7 @@ from multikd.data.cache_storage import Ints
 from multikd.data.dataset import RecordedDataset, SampleReader, ShardDataset
 from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault, decode_label
 from multikd.data.faults import FaultCounter
+from multikd.data.held_out import HeldOutBatches, KeptOrder, held_out_samples
 from multikd.data.loader import ShardLoader, identity
 from multikd.data.order import EpochOrder
 from multikd.data.remote import RemoteCache, public_name
@@ -64,6 +65,8 @@ class ShardDataModule(LightningDataModule):
         cache_storage: the same in detail (int8, PCA, fewer patches), in place of ``cache_dtype``.
         recorded_seed: of recorded views, where runs of several seeds share a cache; None: ``seed``.
         label_columns: names of further labels in the samples' ``.json``, for terms that read them.
+        held_out: m: every m-th sample of each training shard is kept out of training, for methods
+            that need a split of the training data (``held_out_batches``); None: none is.
         in_memory: decode small sets once and keep the images.
         in_memory_gb: bound of that, per set.
         max_fault_rate: share of unreadable samples past which the run stops.
@@ -118,6 +121,7 @@ class ShardDataModule(LightningDataModule):
         cache_storage: CacheStorage | None = None,
         recorded_seed: int | None = None,
         label_columns: list[str] | None = None,
+        held_out: int | None = None,
     ) -> None:
         super().__init__()
         if train_views is None:
@@ -137,6 +141,7 @@ class ShardDataModule(LightningDataModule):
         self.cache = cache
         self.cache_storage = cache_storage or CacheStorage(cache_dtype)
         self.recorded_seed = seed if recorded_seed is None else recorded_seed
+        self.held_out = held_out
         self.in_memory_bytes = in_memory_gb * 1e9 if in_memory else None
         self.max_fault_rate = max_fault_rate
         self.max_pixels = max_pixels
@@ -179,6 +184,12 @@ class ShardDataModule(LightningDataModule):
             raise ValueError(
                 "a feature cache needs views that come back: set recorded (for instance 4) in "
                 "train_views"
+            )
+        if self.held_out is not None and (self.held_out < 2 or self.sequential):
+            raise ValueError(
+                f"held_out must be 2 or more (every so-manieth sample is kept out of training) and "
+                f"needs the indexed mode, received {self.held_out} with sequential="
+                f"{self.sequential}"
             )
         if self.sequential:
             if self.epoch_batches is None:
@@ -287,9 +298,10 @@ class ShardDataModule(LightningDataModule):
     def train_order(self) -> EpochOrder:
         """The order of the training samples."""
         train = self._open("train")
-        return EpochOrder(
-            train.lengths, train.weights, self.seed, self.window_shards, self.epoch_length
-        )
+        settings = (train.weights, self.seed, self.window_shards, self.epoch_length)
+        if self.held_out is not None:
+            return KeptOrder(train.lengths, self.held_out, *settings)
+        return EpochOrder(train.lengths, *settings)
 
     def _train_sampler(self, rank: int, world: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(self.train_order().length, self.batch_size, rank, world)
@@ -338,6 +350,8 @@ class ShardDataModule(LightningDataModule):
         digest = hashlib.sha256()
         for source in train.reader.sources:
             digest.update(source.fingerprint().encode())
+        if self.held_out is not None:
+            identity["held_out"] = str(self.held_out)
         return identity | {
             "shards": digest.hexdigest()[:16],
             "samples": str(sum(order.totals)),
@@ -489,6 +503,37 @@ class ShardDataModule(LightningDataModule):
         )
         return self._loader(dataset, sampler)
 
+    def held_out_batches(self, batch_size: int, start: int = 0) -> HeldOutBatches:
+        """Endless batches of the training samples that ``held_out`` keeps out of training.
+
+        With the evaluation views; this rank's part of each global batch.
+
+        Args:
+            batch_size: of each process.
+            start: batches that were taken before (of a run that goes on).
+
+        Raises:
+            ValueError: ``held_out`` is not set, or keeps out fewer than one global batch.
+        """
+        if self.held_out is None:
+            raise ValueError(
+                "this method needs a held-out split of the training data: set data.held_out, for "
+                "instance to 10 (every tenth training sample)"
+            )
+        train = self._open("train")
+        samples = held_out_samples(train.lengths, self.held_out)
+        rank, world = self._ranks()
+        if len(samples) < batch_size * world:
+            raise ValueError(
+                f"data.held_out={self.held_out} keeps {len(samples)} training samples out, fewer "
+                f"than one held-out batch of {batch_size * world}: lower data.held_out, or the "
+                "held-out batch"
+            )
+        order = EpochOrder(train.lengths, seed=self.seed, shuffle=False)
+        dataset = ShardDataset(self._read_ready(train), order, [self.eval_views], self.seed)
+        dataset.grey_for_lost = world > 1
+        return HeldOutBatches(dataset, samples, batch_size, rank, world, self.seed, start)
+
     # --- feature cache ------------------------------------------------------------------------
 
     def cache_source(self) -> CacheSource:
@@ -624,6 +669,20 @@ class ShardDataModule(LightningDataModule):
                 if found:
                     return [str(name) for name in found]
         return None
+
+    def some_labels(self, count: int) -> list[int]:
+        """Labels of up to ``count`` training samples, spread evenly; −1 for none.
+
+        A sample that can't be read is left out.
+        """
+        reader, labels = self._open("train").reader, []
+        share = max(count // len(reader.sources), 1)
+        for dataset, source in enumerate(reader.sources):
+            places = np.linspace(0, len(source) - 1, min(share, len(source))).round()
+            for number in sorted({int(place) for place in places}):
+                found = reader.label(dataset, number)
+                labels += [] if found is None else [found]
+        return labels
 
     def describe(self) -> dict[str, Any]:
         """Samples, shards, share and index faults of every set, as JSON values."""

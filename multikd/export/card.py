@@ -123,6 +123,8 @@ class Written:
         output: ``pooled`` or ``tokens``.
         cost: where it was measured.
         heads: name → what ``heads.json`` says of it.
+        classifier: of a student that is deployed with its teachers' classifiers: teachers,
+            classes and the error of what was written; empty for others.
         head_errors: name → relative difference from the unfolded ladder.
         formats: what each other format's report says.
         pruned: whether single layers are narrower than timm would build them.
@@ -137,6 +139,7 @@ class Written:
     head_errors: Mapping[str, float] = field(default_factory=dict)
     formats: Sequence[Mapping[str, Any]] = ()
     pruned: bool = False
+    classifier: Mapping[str, Any] = field(default_factory=dict)
 
 
 def manifest(

@@ -17,6 +17,7 @@ from multikd.export.heads import write_heads
 from multikd.export.provenance import data_facts, recipe, seeds
 from multikd.export.prune import PrunedStudent, prune_student
 from multikd.export.results import CardResults, card_results, read_results
+from multikd.export.shared_classifier import has_classifier, write_classifier
 from multikd.export.sources import link_of, start_facts
 from multikd.export.standalone import CONFIG as HEADS
 from multikd.export.timm_folder import TimmOptions, write_card, write_timm
@@ -35,6 +36,7 @@ class ExportSettings:
         quantize: quantised formats by short name (``deliver.QUANTIZED``).
         heads: teachers whose heads are kept.
         weights: ``ema``, ``raw`` or ``auto``.
+        student: name or index of one of several students; None takes the best.
         timm: classifier, output and final norm.
         preprocessing: put resizing and normalisation into the graphs of the other formats.
         opset: of ONNX.
@@ -56,6 +58,7 @@ class ExportSettings:
     quantize: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     weights: WeightChoice = "auto"
+    student: str | None = None
     timm: TimmOptions = field(default_factory=TimmOptions)
     preprocessing: bool = False
     opset: int = 18
@@ -94,7 +97,7 @@ def run_export(
         raise ValueError("heads need the pooled student: leave out --heads or --output tokens")
     formats = check_formats(asked.formats, asked.quantize)
     results = read_results(asked.results)
-    trained = load_student(checkpoint, asked.weights)
+    trained = load_student(checkpoint, asked.weights, asked.student)
     measured = trained.student
     pruning = None
     if asked.prune is not None:
@@ -102,6 +105,7 @@ def run_export(
         trained = replace(trained, student=student)
     if asked.heads and isinstance(trained.student, PrunedStudent):
         raise ValueError("a pruned student leaves without heads: leave out --heads")
+    shared = has_classifier(trained) and not isinstance(trained.student, PrunedStudent)
     heads = trained_heads(trained, asked.heads) if asked.heads else []
     facts = card_facts(
         trained,
@@ -120,6 +124,8 @@ def run_export(
             logger.info("heads: %s", ", ".join(asked.heads))
             written.head_errors = write_heads(folder, trained.student, heads)
             written.heads = json.loads((folder / HEADS).read_text(encoding="utf-8"))["heads"]
+        if shared and asked.timm == TimmOptions():
+            written.classifier = write_classifier(folder, trained)
         written.formats = write_formats(folder, trained, asked, formats)
         if asked.cost:
             written.cost = measure_cost(trained.student)
@@ -217,6 +223,11 @@ def _text(out: Path, trained: TrainedStudent, facts: CardFacts, written: Written
     ]
     for name, error in written.head_errors.items():
         lines.append(f"  head      {name}, {error:.1e} from the unfolded ladder")
+    if written.classifier:
+        lines.append(
+            f"  deployed  sys.path.insert(0, '{out}'); student_classifier.load()  "
+            f"(projector and classifier of {', '.join(written.classifier['teachers'])})"
+        )
     for report in written.formats:
         lines.append(f"  {report['text']}")
     if written.cost is not None and written.cost.milliseconds is not None:
@@ -245,6 +256,7 @@ def _figures(
         "licence": facts.binding_licence,
         "parameters": written.parameters,
         "heads": dict(written.head_errors),
+        "classifier": dict(written.classifier),
         "formats": [dict(report) for report in written.formats],
         "cost": None if written.cost is None else vars(written.cost),
         "files": {path.name: path.stat().st_size for path in sorted(out.iterdir())},

@@ -30,6 +30,7 @@ def readme(spec: EncoderSpec, facts: CardFacts, written: Written) -> str:
         + (f" ({facts.weights} weights)." if facts.weights else "."),
         *_use(spec, written),
         *_heads(facts, written),
+        *_classifier(written),
         *_teachers(facts),
         *_results(facts),
         *_cost(facts, written),
@@ -181,6 +182,22 @@ def _format_row(report: Mapping[str, Any]) -> Sequence[str]:
         "" if cosine is None else f"{cosine:.4f}",
         "" if agreement is None else f"{100 * agreement:.1f} %",
     )
+
+
+def _classifier(written: Written) -> list[str]:
+    if not written.classifier:
+        return []
+    names, classes = written.classifier["teachers"], written.classifier["classes"]
+    return [
+        "## The shared classifier\n\nThe student was trained to be read by the classifier of "
+        f"{', '.join(names)}, through a projector ({classes} classes). timm holds the encoder; "
+        "`student_classifier.py` adds the rest and needs torch and timm:\n\n"
+        "```python\nimport sys\n\nfrom PIL import Image\n\n"
+        'sys.path.insert(0, "PATH")\nimport student_classifier\n\n'
+        "model = student_classifier.load()\n"
+        'images = model.student.preprocess(Image.open("image.jpg"))\n'
+        f"logits = model(images)  # (1, {classes})\n```"
+    ]
 
 
 def _heads(facts: CardFacts, written: Written) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Teachers do not change, and the average of the student does so only after a step.
-_NOT_OURS = ("teachers.", "average.")
+# Teachers and their anchors do not change, and the average of the student only after a step.
+_NOT_OURS = ("teachers.", "average.", "anchors.")
 
 
 class StepUndo:

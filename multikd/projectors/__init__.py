@@ -12,6 +12,7 @@ from multikd.projectors.base import (
     linear,
     summary_of,
 )
+from multikd.projectors.bottleneck import BottleneckProjector, to_map
 from multikd.projectors.convolution import ConvProjector, ConvProjectors, ConvStage
 from multikd.projectors.mlp import (
     LinearProjectors,
@@ -23,6 +24,7 @@ from multikd.projectors.mlp import (
 from multikd.projectors.transformer import TransformerProjector, TransformerProjectors
 
 __all__ = [
+    "BottleneckProjector",
     "ConvProjector",
     "ConvProjectors",
     "ConvStage",
@@ -38,4 +40,5 @@ __all__ = [
     "linear",
     "mlp_weights",
     "summary_of",
+    "to_map",
 ]

@@ -12,6 +12,7 @@ from multikd.teachers.packaged import PackagedEncoder
 from multikd.teachers.registry import EncoderRow, list_encoders, load_encoder
 from multikd.teachers.timm import TimmEncoder
 from multikd.teachers.torchvision import TorchvisionEncoder
+from multikd.teachers.trainable import TrainableTeacher
 
 __all__ = [
     "BackboneEncoder",
@@ -27,6 +28,7 @@ __all__ = [
     "TeacherDict",
     "TimmEncoder",
     "TorchvisionEncoder",
+    "TrainableTeacher",
     "inspect_encoder",
     "list_encoders",
     "load_encoder",
