@@ -28,13 +28,12 @@ from multikd.data.faults import FaultCounter
 from multikd.data.held_out import HeldOutBatches, KeptOrder, held_out_samples
 from multikd.data.loader import ShardLoader, identity
 from multikd.data.order import EpochOrder
-from multikd.data.remote import RemoteCache, public_name
+from multikd.data.remote import RemoteCache, is_remote, public_name
 from multikd.data.resuming import LoaderState
 from multikd.data.sampler import GlobalBatchSampler
 from multikd.data.sequential import SequentialShards, sequential_urls
 from multikd.data.sources import DEFAULT_CACHE, ShardSource
 from multikd.data.specs import DatasetSpec, Opened, dataset_facts
-from multikd.data.urls import is_remote
 from multikd.data.views import EvalViews, UnicViews, ViewPolicy
 from multikd.data.workers import Workers, choose_workers, measure_loading, usable_cores
 from multikd.types import TokenFeatures
@@ -669,20 +668,6 @@ class ShardDataModule(LightningDataModule):
                 if found:
                     return [str(name) for name in found]
         return None
-
-    def some_labels(self, count: int) -> list[int]:
-        """Labels of up to ``count`` training samples, spread evenly; −1 for none.
-
-        A sample that can't be read is left out.
-        """
-        reader, labels = self._open("train").reader, []
-        share = max(count // len(reader.sources), 1)
-        for dataset, source in enumerate(reader.sources):
-            places = np.linspace(0, len(source) - 1, min(share, len(source))).round()
-            for number in sorted({int(place) for place in places}):
-                found = reader.label(dataset, number)
-                labels += [] if found is None else [found]
-        return labels
 
     def describe(self) -> dict[str, Any]:
         """Samples, shards, share and index faults of every set, as JSON values."""

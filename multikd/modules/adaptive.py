@@ -102,7 +102,7 @@ class AdaptiveModule(Resumable):
         schedule: WarmupCosine | None = None,
     ) -> None:
         super().__init__()
-        check_names(teachers)  # type: ignore[arg-type]
+        check_names(teachers, {})  # type: ignore[arg-type]
         check_temperature(temperature)
         check_weights(labels=labels, response=response, features=features, drift=drift)
         check_teachers(teachers)
