@@ -140,7 +140,11 @@ def shared_config(config: dict[str, Any], seed: int) -> dict[str, Any]:
         "default_root_dir": "scratch",
     }
     config["seed_everything"] = seed
-    for key, value in (("train", get(config, "data.train") or TRAIN), ("val", None), ("bank", None)):
+    for key, value in (
+        ("train", get(config, "data.train") or TRAIN),
+        ("val", None),
+        ("bank", None),
+    ):
         put(config, f"data.{key}", value)
     put(config, "data.seed", seed)
     put(config, "data.recorded_seed", 0)  # one cache for runs of all seeds
@@ -337,9 +341,7 @@ def _fill(config: dict[str, Any], reference: dict[str, Any]) -> float:
     return sum(float(reference["fill_seconds"][n]) for n in get(config, "model.teachers"))
 
 
-def _chain(
-    method: Method, seed: int, budget: float, reference: dict[str, Any]
-) -> list[Trained]:
+def _chain(method: Method, seed: int, budget: float, reference: dict[str, Any]) -> list[Trained]:
     """Every stage with an even share of the budget; each one's export teaches the next."""
     chain, done = read_chain(method.chain), []
     out = Path(f"scratch/{method.chain}-{seed}")
