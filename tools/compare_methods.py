@@ -22,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,9 @@ from typing import Any
 import compare_runs as runs
 import torch
 
+from multikd.config_files import load_config
 from multikd.demo.embedded import unpack_shards
+from multikd.demo.scoring import both_sets
 from multikd.errors import unknown_name
 from multikd.evaluation.knn import nearest_neighbours
 from multikd.files import file_lock, write_text_atomically
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.chdir(out)  # the shipped configs name multikd-demo/…
     try:
         with file_lock(out / "lock", wait=False):
-            prepare(arguments.processes, arguments.methods)
+            prepare(arguments.methods, arguments.quick)
             compare(out, arguments)
     except BlockingIOError:
         raise SystemExit(f"another comparison is working in {out}: name another --out") from None
@@ -71,6 +74,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1.0, help="of CPU time for each run")
     parser.add_argument("--processes", type=int, default=1, help="runs at once")
     parser.add_argument("--json", type=Path, default=None, help="write the table here as well")
+    parser.add_argument(
+        "--quick", action="store_true", help="240 + 100 images, to see that it runs; no result"
+    )
     parser.add_argument("--list", action="store_true", help="name the methods and exit")
     if "--list" in (sys.argv if argv is None else argv):
         print("\n".join(runs.METHODS))
@@ -93,9 +99,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 # --- what all runs share ----------------------------------------------------------------------
 
 
-def prepare(processes: int, methods: Sequence[str]) -> None:
+def prepare(methods: Sequence[str], quick: bool) -> None:
     """Shards, heads, teachers' own scores and costs, pseudo-labels, caches: each made once."""
-    unpack_shards(Path("multikd-demo/shards"))
+    if quick != Path("quick").exists() and Path("multikd-demo").exists():
+        raise SystemExit("this folder was made with or without --quick: name another --out")
+    if quick and not Path("quick").exists():
+        unpack_shards(Path("all"))
+        for path in sorted(Path("all").glob("t*/*.tar")):
+            shorten(path, Path("multikd-demo/shards") / path.parent.name / path.name)
+        Path("quick").touch()
+    elif not quick:
+        unpack_shards(Path("multikd-demo/shards"))
     if not Path(runs.REFERENCE).exists():
         print("preparing: the teachers' scores and costs", file=sys.stderr)
         child("reference")
@@ -113,6 +127,15 @@ def prepare(processes: int, methods: Sequence[str]) -> None:
             print(f"preparing: {cache}", file=sys.stderr)
             child("cache", cache)
             Path(cache, "complete").touch()
+
+
+def shorten(path: Path, out: Path) -> None:
+    """The first samples of a shard: 60 of a training shard, 100 of the held-out one."""
+    count = 60 if path.parent.name == "train" else 100
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path) as tar, tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as short:
+        for member in tar.getmembers()[: 2 * count]:
+            short.addfile(member, tar.extractfile(member))
 
 
 def child(*arguments: str) -> None:
@@ -159,20 +182,21 @@ def part(name: str, *rest: str) -> int:
 def measure_teachers() -> dict[str, Any]:
     """Scores of each teacher, its leave-one-out k-NN on the train images, and CPU seconds."""
     bank, queries = runs.loaders()
-    list(bank)  # decoded and kept, so that no teacher pays for it
+    for loader in (bank, queries):
+        list(loader)  # decoded and kept, so that no teacher pays for it
     found: dict[str, Any] = {"fill_seconds": {}, "teachers": {}, "own_knn": {}}
     for name in TEACHERS:
         teacher = Teacher(f"packaged:efficientnet_{name}", resize="none", dtype="float32")
         begun = time.process_time()
-        with torch.inference_mode():
-            for batch in bank:
-                teacher(batch.views[0].float() / 255, 32)
-        found["fill_seconds"][name] = time.process_time() - begun
-        found["teachers"][name], features = runs.scores(name, teacher, bank, queries)
+        features = both_sets(teacher, bank, queries)
+        share = len(features.bank) / (len(features.bank) + len(features.queries))
+        found["fill_seconds"][name] = share * (time.process_time() - begun)
+        found["teachers"][name] = runs.scores(name, features)
         near = nearest_neighbours(features.bank, features.bank, _NEIGHBOURS + 1).indices[:, 1:]
         votes = torch.nn.functional.one_hot(features.bank_labels[near], 10).sum(1)
         right = votes.argmax(1) == features.bank_labels
         found["own_knn"][name] = float(right.double().mean())
+    found["images"] = len(features.bank)
     found["best_single"] = max(TEACHERS, key=lambda name: found["own_knn"][name])
     return found
 
@@ -196,7 +220,7 @@ def fill(cache: str) -> None:
     from multikd.cache_command import run_cache
 
     base = "classics/response" if cache.endswith("heads") else "demo"
-    config = runs.with_cache(runs.shared_config(runs.load_config(base), seed=0), str(Path(cache)))
+    config = runs.with_cache(runs.shared_config(load_config(base), seed=0), str(Path(cache)))
     run_cache([f"--config={json.dumps(config)}"], Path(cache), progress=False)
 
 

@@ -4,10 +4,10 @@
 
 A run is a shipped config with overrides. A few warm-up steps on a throw-away copy tell what a step
 costs and what a run costs whatever its length; the run's length is then set so that warm-up and
-cosine fit into the budget. All is CPU time of this process, which has one thread, so that other load
-on the machine changes it little. Teachers' forward passes count: as part of the steps where they run
-live, and as the measured cost of filling the cache where features are cached (the cache itself is
-shared by runs, so that it is filled once). Whichever gives more steps is taken.
+cosine fit into the budget. All is CPU time of this process, which has one thread, so that other
+load on the machine changes it little. Teachers' forward passes count: as part of the steps where
+they run live, and as the measured cost of filling the cache where features are cached (the cache
+itself is shared by runs, so that it is filled once). Whichever gives more steps is taken.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ TRAIN, TEST = "multikd-demo/shards/train", "multikd-demo/shards/test"
 FEW = f"{TRAIN}/shard-000000.tar"  # 1,000 labels
 HEADS, FEW_HEADS, PSEUDO = "multikd-demo/heads", "multikd-demo/heads-few", "multikd-demo/pseudo"
 REFERENCE = "reference.json"
-IMAGES = 4000
 WARM_UP, SKIPPED = 7, 2  # steps on the throw-away copy, and of them those not counted
 KEPT_CALLBACKS = ("FiniteLossGuard",)
 
@@ -150,14 +149,9 @@ def shared_config(config: dict[str, Any], seed: int) -> dict[str, Any]:
     put(config, "data.recorded_seed", 0)  # one cache for runs of all seeds
     put(config, "data.num_workers", 0)
     put(config, "data.in_memory", True)
-    put(config, "model.validate_losses", False) if _is_ladder(config) else None
     put(config, "model.schedule.warmup_epochs", 0.0)
     put(config, "model.schedule.warmup_share", 0.1)
     return config
-
-
-def _is_ladder(config: dict[str, Any]) -> bool:
-    return class_of(config["model"]) == "DistillationModule"
 
 
 def with_cache(config: dict[str, Any], cache: str) -> dict[str, Any]:
@@ -178,7 +172,8 @@ def fitted(config: dict[str, Any], steps: int) -> tuple[Any, Clock, float]:
     clock = Clock()
     with without_known_noise():
         cli = build_cli([f"--config={json.dumps(config)}"], run=False, typed=False)
-        cli.trainer.callbacks.append(clock)
+        trainer: Any = cli.trainer  # it has callbacks, which its type does not say
+        trainer.callbacks.append(clock)
         begun = time.process_time()
         cli.trainer.fit(cli.model, cli.datamodule)
     return cli, clock, time.process_time() - begun
@@ -203,7 +198,7 @@ class Trained:
     spent: float
 
 
-def train(config: dict[str, Any], cache: str, fill: float, budget: float) -> Trained:
+def train(config: dict[str, Any], cache: str, fill: float, budget: float, images: int) -> Trained:
     """Measure a few steps, and train for as many as fit into the budget.
 
     Args:
@@ -211,13 +206,14 @@ def train(config: dict[str, Any], cache: str, fill: float, budget: float) -> Tra
         cache: folder of cached features; "" for none.
         fill: CPU seconds that filling it took (of the teachers of this run).
         budget: CPU seconds.
+        images: of the training set.
     """
-    chosen, fixed, cost, charge = with_cache(config, cache), 0.0, 0.0, fill if cache else 0.0
+    chosen, charge = with_cache(config, cache), fill if cache else 0.0
     _, clock, seconds = fitted(chosen, WARM_UP)
     cost, fixed = _costs(clock, seconds)
     if cache:
         batch = int(get(config, "data.batch_size"))
-        live = cost + fill * batch / IMAGES
+        live = cost + fill * batch / images
         if (budget - fill - fixed) / cost < (budget - fixed) / live:
             chosen, charge = with_cache(config, ""), 0.0
             _, clock, seconds = fitted(chosen, WARM_UP)
@@ -284,12 +280,10 @@ def accuracy(encoder: nn.Module, queries: Any) -> float | None:
     return right / seen
 
 
-def scores(name: str, encoder: Any, bank: Any, queries: Any) -> tuple[dict[str, Any], Features]:
+def scores(name: str, features: Features) -> dict[str, float]:
     """k-NN and logistic regression on the features, by what ``multikd demo`` scores with."""
-    features = both_sets(encoder, bank, queries)
     found = score(name, "student", features, None, CLASSES)
-    means = {k: float(getattr(found, k).double().mean()) for k in ("knn", "logistic")}
-    return means, features
+    return {k: float(getattr(found, k).double().mean()) for k in ("knn", "logistic")}
 
 
 # --- one run ----------------------------------------------------------------------------------
@@ -309,13 +303,13 @@ def run(name: str, seed: int, budget: float) -> dict[str, Any]:
             put(config, key, value)
         config = shared_config(config, seed)
         fill = _fill(config, reference) if method.cache else 0.0
-        stages = [train(config, method.cache, fill, budget - charge)]
+        stages = [train(config, method.cache, fill, budget - charge, reference["images"])]
     wall = time.perf_counter() - wall
     last = stages[-1]
     encoder = Deployed(last.module, method.member)
     bank, queries = loaders()
     own = accuracy(encoder, queries)
-    means, _ = scores(name, encoder, bank, queries)
+    means = scores(name, both_sets(encoder, bank, queries))
     trained = {p for s in stages for p in s.module.parameters() if p.requires_grad}
     student = sum(p.numel() for p in encoder.student.parameters())
     used = sum(p.numel() for p in trained - set(encoder.student.parameters()))
@@ -346,27 +340,22 @@ def _chain(method: Method, seed: int, budget: float, reference: dict[str, Any]) 
     chain, done = read_chain(method.chain), []
     out = Path(f"scratch/{method.chain}-{seed}")
     shutil.rmtree(out, ignore_errors=True)
-    share = budget / len(chain.stages)
+    share, images = budget / len(chain.stages), int(reference["images"])
     for place, stage in enumerate(chain.stages):
         config = shared_config(stage_config(chain, stage, out), seed)
         if place == 0:
-            done.append(train(config, method.cache, _fill(config, reference), share))
+            done.append(train(config, method.cache, _fill(config, reference), share, images))
         else:
             # Its teacher is this run's own: the first epoch fills a cache that nobody else reads.
-            fill = _forward_seconds(config)
-            own = fill_cache(config, out / f"features-{place}", share, fill)
-            done.append(train(config, own, fill, share))
+            fill = _forward_seconds(config, images)
+            own = "" if fill > share / 2 else str(out / f"features-{place}")
+            done.append(train(config, own, fill, share, images))
         if stage is not chain.stages[-1]:
             export_timm_folder(done[-1].module.student.eval(), out / stage.name / "export")
     return done
 
 
-def fill_cache(config: dict[str, Any], folder: Path, budget: float, fill: float) -> str:
-    """A cache of this run's own where it may pay; "" where more than half the budget would go."""
-    return str(folder) if fill < budget / 2 else ""
-
-
-def _forward_seconds(config: dict[str, Any]) -> float:
+def _forward_seconds(config: dict[str, Any], count: int) -> float:
     """CPU seconds of all train images through a config's teachers, from three batches."""
     images = torch.rand(64, 3, 64, 64)
     total = 0.0
@@ -377,7 +366,7 @@ def _forward_seconds(config: dict[str, Any]) -> float:
             begun = time.process_time()
             for _ in range(3):
                 teacher(images, 32)
-            total += (time.process_time() - begun) / 3 / len(images) * IMAGES
+            total += (time.process_time() - begun) / 3 / len(images) * count
     return total
 
 
