@@ -84,7 +84,8 @@ class MutualModule(Resumable):
     @property
     def inference_student(self) -> StudentEncoder:
         """The best student so far."""
-        return self.student_of(self.student_names[int(self.best)])
+        index = 0 if self.best.is_meta else int(self.best)
+        return self.student_of(self.student_names[index])
 
     def student_of(self, name: str) -> StudentEncoder:
         """A student by name."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 # Teachers and their anchors do not change, and the average of the student only after a step.
-_NOT_OURS = ("teachers.", "average.", "anchors.")
+# Held-out batches of a skipped step stay taken.
+_NOT_OURS = ("teachers.", "average.", "anchors.", "held_out_taken")
 
 
 class StepUndo:

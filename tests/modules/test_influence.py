@@ -33,7 +33,7 @@ def double(exact: bool = False, reach: float = 0.01) -> InfluenceModule:
         "influence",
         exact=exact,
         reach=reach,
-        student=small.student(num_classes=methods.CLASSES),
+        student=methods.student(num_classes=methods.CLASSES),
         influence_rate=0.5,
         teacher_alpha=0.4,
         alpha=0.7,
@@ -265,7 +265,7 @@ def test_before_training(
         ({"teacher_alpha": 0.0}, "teacher_alpha must be above 0"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\]"),
         ({"held_out_batch": 0}, "held_out_batch must be 1 or more"),
-        ({"student": small.student()}, "the student 0: set student.init_args.num_classes to 10"),
+        ({"student": methods.student()}, "the student 0: set student.init_args.num_classes to 10"),
     ],
 )
 def test_bad_settings(settings: Any, words: str) -> None:

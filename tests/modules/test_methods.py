@@ -25,10 +25,10 @@ pytestmark = [
 GLOBAL_BATCH = 4
 # Without dropout, whose draws are a rank's own; LayerNorm and GroupNorm throughout.
 PLAIN: dict[str, dict[str, Any]] = {
-    "adaptive": {"student": {}, "fit": {}},
-    "influence": {"student": {"num_classes": 10}, "fit": {}},
-    "mutual": {"students": True, "fit": {"accumulate_grad_batches": 2}},
-    "self": {"student": {"num_classes": 10}, "fit": {"gradient_clip_val": 0.5}},
+    "adaptive": {},
+    "influence": {},
+    "mutual": {"accumulate_grad_batches": 2},
+    "self": {"gradient_clip_val": 0.5},
 }
 
 
@@ -41,18 +41,11 @@ class Ddp(pl.Callback):
 
 
 def fit(folder: Path, name: str, world: int) -> dict[str, Any]:
-    settings = PLAIN[name]
-    more: dict[str, Any] = {}
-    if "student" in settings:
-        more["student"] = small.student(**settings["student"])
-    else:
-        more["students"] = {
-            "a": small.student(num_classes=10),
-            "b": small.student("test_vit2", num_classes=10, seed=4),
-        }
     # SGD: Adam makes large steps of the rounding where a gradient is nearly 0.
     module = methods.module(
-        name, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9), **more
+        name,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
+        drop_path=0.0,
     )
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     data = methods.data(urls, val=urls, batch_size=GLOBAL_BATCH // world)
@@ -64,7 +57,7 @@ def fit(folder: Path, name: str, world: int) -> dict[str, Any]:
         ddp,
         make=small.trainer if world == 1 else small.ddp_trainer,
         max_epochs=1,
-        **settings["fit"],
+        **PLAIN[name],
     )
     return {
         "keys": steps.keys,
@@ -188,7 +181,7 @@ def test_the_guard_skips_a_broken_step_whole(name: str, shards: Path, tmp_path: 
     )
     before, after, last = states
     moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert moved <= {"held_out_taken"}
+    assert moved == ({"held_out_taken"} if name == "influence" else set())
     assert any(not torch.equal(after[k], last[k]) for k in after)
     assert all(bool(torch.isfinite(v).all()) for v in last.values())
     with pytest.raises(NonFiniteLossError, match="not finite"):
