@@ -113,7 +113,7 @@ def test_from_features_to_a_student_that_knows_the_classes(
     }  # fmt: skip
     whole = {"model": {"class_path": "multikd.modules.DistillationModule", "init_args": content},
              "data": data, "trainer": trainer}  # fmt: skip
-    config.write_text(yaml.safe_dump(whole))
+    config.write_text(yaml.safe_dump(whole, sort_keys=False))
     assert main(["teachers", "fit-head", f"--config={config}", f"--data={root / 'train'}",
                  f"--out={root / 'heads'}", f"--json={root / 'heads.json'}"]) == 0  # fmt: skip
     figures = json.loads((root / "heads.json").read_text())["heads"]
@@ -123,7 +123,8 @@ def test_from_features_to_a_student_that_knows_the_classes(
     assert main(["teachers", "calibrate", f"--config={config}", f"--data={root / 'held'}",
                  f"--out={out}", f"--json={root / 'c.json'}"]) == 0  # fmt: skip
     rows = json.loads((root / "c.json").read_text())["teachers"]
-    assert all(row["nll"] <= row["nll_before"] and row["accuracy"] > 0.8 for row in rows)
+    assert all(row["nll"] <= row["nll_before"] for row in rows), rows
+    assert all(row["accuracy"] > 0.5 for row in rows), rows  # chance is a third
     written = yaml.safe_load(out.read_text())
     assert written["vit"]["init_args"]["temperature"] == rows[0]["temperature"]
     assert written["vit"]["init_args"]["head"] == f"{root / 'heads' / 'vit.safetensors'}"

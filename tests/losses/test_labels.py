@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from helpers import training as small
 from torch import Tensor
 
-from multikd.losses import LabelLoss, Term
+from multikd.losses import LabelLoss, NoFeatureLoss, Term
 from multikd.types import Batch, StudentOutput, TokenFeatures
 
 
@@ -79,3 +82,92 @@ def test_mistakes_are_named() -> None:
         LabelLoss(weight=-1)
     with pytest.raises(ValueError, match=r"\[0, 1\), received 1"):
         LabelLoss(label_smoothing=1.0)
+
+
+# --- noisy labels, and several columns ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("kind", ["generalised", "symmetric"])
+def test_robust_losses_are_the_papers(kind: str, soft: bool) -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    drawn = torch.softmax(torch.randn(4, 3, dtype=torch.float64), 1)
+    y = drawn if soft else torch.eye(3)[[0, 2, 1, 1]]
+    y = y.double()
+    y[3] = 0.0
+    labels = torch.tensor([0, 2, 1, -1])
+    made = small.batch(count=4)
+    made.labels, made.soft_labels = labels, y if soft else None
+    term = LabelLoss(kind=kind, q=0.6, reverse=0.5)
+    got = term(StudentOutput((), TokenFeatures(logits=logits)), made)
+    assert got[3] == 0
+    p = torch.softmax(logits.detach(), 1).numpy()
+    for i in range(3):
+        if kind == "generalised":
+            expected = sum(float(y[i, k]) * (1 - p[i, k] ** 0.6) / 0.6 for k in range(3))
+        else:
+            logs = [max(math.log(max(float(y[i, k]), 1e-300)), -4.0) for k in range(3)]
+            expected = -sum(float(y[i, k]) * math.log(p[i, k]) for k in range(3))
+            expected -= 0.5 * sum(p[i, k] * logs[k] for k in range(3))
+        assert got[i].item() == pytest.approx(expected, abs=1e-9)
+    assert torch.autograd.gradcheck(
+        lambda x: term(StudentOutput((), TokenFeatures(logits=x)), made), logits
+    )
+
+
+def test_generalised_is_between_cross_entropy_and_the_absolute_error() -> None:
+    logits, made = torch.randn(6, 10), small.batch()
+    output = StudentOutput((), TokenFeatures(logits=logits))
+    nearly = LabelLoss(kind="generalised", q=1e-4)(output, made)
+    assert torch.allclose(nearly, LabelLoss()(output, made), atol=2e-3)
+    p = torch.softmax(logits, 1).gather(1, made.labels.unsqueeze(1)).squeeze(1)
+    assert torch.allclose(LabelLoss(kind="generalised", q=1.0)(output, made), 1 - p, atol=1e-6)
+
+
+def test_each_column_has_its_own_classifier_and_weight() -> None:
+    terms = {
+        "labels": LabelLoss(),
+        "colour": LabelLoss(0.5, column="colour", num_classes=3),
+        "shape": LabelLoss(2.0, column="shape", num_classes=2),
+    }
+    module = small.module({"num_classes": 10}, terms=terms, loss=NoFeatureLoss(), teachers={})
+    made = small.batch(count=4)
+    made.columns = {
+        "colour": torch.tensor([0, 2, -1, 1]),
+        "shape": torch.tensor([-1, -1, 1, 0]),
+    }
+    total, record = module.step(made, 0, 0, training=True)
+    assert record.terms["colour"][2] == 0
+    assert not record.terms["shape"][:2].any()
+    weighted = {"labels": 1.0, "colour": 0.5, "shape": 2.0}
+    expected = sum(w * record.terms[name].mean() for name, w in weighted.items())
+    assert total.item() == pytest.approx(float(expected), rel=1e-6)
+    total.backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    summary = module.student(made.views[0].float() / 255).features.summary
+    logits = module.terms["colour"].head(summary)
+    assert torch.allclose(
+        record.terms["colour"][[0, 1, 3]],
+        torch.nn.functional.cross_entropy(
+            logits[[0, 1, 3]], torch.tensor([0, 2, 1]), reduction="none"
+        ),
+        atol=1e-5,
+    )
+    made.columns = None
+    with pytest.raises(ValueError, match="no label column 'colour': add it to data.label_columns"):
+        module.step(made, 0, 0, training=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "symetric"}, "did you mean 'symmetric'"),
+        ({"kind": "symmetric", "label_smoothing": 0.1}, "goes with cross_entropy"),
+        ({"q": 0.0}, "q must be above 0"),
+        ({"column": "c"}, "a label column needs num_classes"),
+        ({"num_classes": 4}, "a label column needs num_classes"),
+    ],
+)
+def test_settings_that_exclude_one_another(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        LabelLoss(**settings)
