@@ -708,20 +708,6 @@ class ShardDataModule(LightningDataModule):
                     return [str(name) for name in found]
         return None
 
-    def some_labels(self, count: int) -> list[int]:
-        """Labels of up to ``count`` training samples, spread evenly; −1 for none.
-
-        A sample that can't be read is left out.
-        """
-        reader, labels = self._open("train").reader, []
-        share = max(count // len(reader.sources), 1)
-        for dataset, source in enumerate(reader.sources):
-            places = np.linspace(0, len(source) - 1, min(share, len(source))).round()
-            for number in sorted({int(place) for place in places}):
-                found = reader.label(dataset, number)
-                labels += [] if found is None else [found]
-        return labels
-
     def describe(self) -> dict[str, Any]:
         """Samples, shards, share and index faults of every set, as JSON values."""
         sets: dict[str, Any] = {}

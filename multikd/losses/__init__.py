@@ -24,6 +24,7 @@ from multikd.losses.labels import LabelLoss
 from multikd.losses.layers import AttentionTransferTerm, HintTerm
 from multikd.losses.relation import GramLoss
 from multikd.losses.response import ResponseTerm
+from multikd.losses.retention import RetentionTerm
 from multikd.losses.shift import ShiftEquivariantMSE
 from multikd.losses.term import TeacherTerm, Term
 
@@ -48,6 +49,7 @@ __all__ = [
     "RKDTerm",
     "RandomTeachers",
     "ResponseTerm",
+    "RetentionTerm",
     "ShiftEquivariantMSE",
     "SimilarityPreservingTerm",
     "TeacherDropper",

@@ -122,7 +122,7 @@ def check_labels(module: pl.LightningModule, classes: int) -> None:
     data = getattr(module.trainer, "datamodule", None)
     if not isinstance(data, ShardDataModule) or data.sequential:
         return
-    labels = data.some_labels(_LOOKED_AT)
+    labels = data.some_labels("train", _LOOKED_AT)
     known = [label for label in labels if label >= 0]
     if labels and not known:
         raise ValueError(

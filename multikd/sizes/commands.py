@@ -87,9 +87,14 @@ def _kept_costs(search: Search, out: Path) -> dict[str, Any]:
 def _measure(search: Search, out: Path, known: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Size → cost, from the fewest parameters up."""
     costs: dict[str, dict[str, Any]] = {}
+    # All are built before any is measured, so that a mistake in the last one is said at once.
+    students = {
+        size: build_student(search, SizeRun(size, search.seeds[0]), out)
+        for size in search.sizes
+        if size not in known
+    }
     for size in search.sizes:
-        student = build_student(search, SizeRun(size, search.seeds[0]), out)
-        costs[size] = known[size] if size in known else student_cost(student, search.budget)
+        costs[size] = known.get(size) or student_cost(students[size], search.budget)
     return dict(sorted(costs.items(), key=lambda item: item[1]["parameters"]))
 
 

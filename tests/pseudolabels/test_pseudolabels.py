@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from ablation.conftest import Place, place  # noqa: F401 (a fixture)
+from ablation.conftest import Place
 from data.shard_maker import make_shards
 
 from multikd.cli import main
