@@ -51,6 +51,7 @@ from multikd.modules.distillation import DistillationModule
 from multikd.redaction import redact, redact_values
 from multikd.saving import VerifiedCheckpointIO, newest_whole
 from multikd.teachers import Teacher
+from multikd.teachers.deferred import defer_teacher
 from multikd.teachers.kept import make_teacher
 
 log = logging.getLogger(__name__)
@@ -160,8 +161,11 @@ class MultikdCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a constructor's error arrives as it was raised."""
-        # Teachers whose features are all kept need not be loaded.
-        made = functools.partial(make_teacher, self._known())
+        # Teachers whose features are all kept need not be loaded, and of a partition only a part.
+        model = getattr(self._get(self.config, "model"), "init_args", None)
+        parted = getattr(model, "partition", None) is not None
+        known = functools.partial(make_teacher, self._known())
+        made = functools.partial(defer_teacher) if parted else known
         made.__name__ = Teacher.__name__  # type: ignore[attr-defined]
 
         def teacher(class_type: type[Teacher], *args: Any, **kwargs: Any) -> Any:
@@ -261,6 +265,7 @@ class MultikdCLI(LightningCLI):
                 raise ValueError(f"{subcommand} needs shards to run on: give --data.val=SHARDS")
             if subcommand == "fit":
                 preflight.check_monitors(trainer, data)
+                preflight.check_partition(trainer, model)
             if isinstance(model, DistillationModule):
                 preflight.check_images(model, data)
         if subcommand == "fit" and given is None and not self.resume_auto:

@@ -44,7 +44,7 @@ def resample_patches(patches: Tensor, source: Grid, target: Grid, antialias: boo
     if source == target:
         return patches
     # A view in channels_last format: no copy on the way in, none on the way out.
-    maps = patches.reshape(len(patches), h, w, -1).permute(0, 3, 1, 2)
+    maps = patches.reshape(len(patches), h, w, patches.shape[2]).permute(0, 3, 1, 2)
     if maps.dtype not in (torch.float32, torch.float64):
         maps = maps.float()  # half precisions have no antialiased kernel on every device
     shrinks = target[0] < h or target[1] < w

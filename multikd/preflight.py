@@ -16,10 +16,12 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from multikd.callbacks import KNNProbe, LinearProbe
 from multikd.callbacks.feature_probe import FeatureProbe
 from multikd.checkpoints import read_config
+from multikd.data.claims import claims
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.data.views import ShiftedViews
 from multikd.modules.distillation import DistillationModule
+from multikd.teachers.deferred import DeferredTeacher
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ _PROBES: dict[str, type[FeatureProbe]] = {p.metric: p for p in (KNNProbe, Linear
 _HARMLESS = re.compile(
     r"data\.(num_workers|prefetch_factor|persistent_workers|worker_start|in_memory|in_memory_gb"
     r"|max_fault_rate|index_dir|shard_cache|shard_cache_gb|val|bank|eval_views|eval_batch_size"
-    r"|batch_size|cache|cache_dtype|cache_storage|train|allow_pipe|\w*(retries|timeout|checksum)\w*)(\.|$)"
+    r"|batch_size|cache|cache_dtype|cache_storage|allow_pipe"
+    r"|train(?!\.[^:]*\.(teachers|generic|views)(\.|$))|\w*(retries|timeout|checksum)\w*)(\.|$)"
     r"|model\.(validate_losses|compile_student)$|model\.student\.grad_checkpointing$"
     r"|trainer\.(accumulate_grad_batches|devices|num_nodes|max_epochs|max_steps)$"
 )
@@ -105,6 +108,8 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
         ValueError: names the teacher, or the student, and the size.
     """
     student = module.student
+    claims(data.mixture(), module.teacher_names, module.teacher_data)  # says what does not fit
+    check_schedule(module, data)
     for size in sorted({policy.size for policy in [*data.train_views, data.eval_views]}):
         student.grids((size, size))
         for name in module.teacher_names:
@@ -124,6 +129,40 @@ def check_images(module: DistillationModule, data: ShardDataModule) -> None:
         )
 
 
+def check_partition(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse a partition with more groups than processes.
+
+    Raises:
+        ValueError: nobody would run the teachers of a group.
+    """
+    if isinstance(module, DistillationModule) and module.partition is not None:
+        module.partition.check_ranks(trainer.world_size)
+
+
+def check_schedule(module: DistillationModule, data: ShardDataModule) -> None:
+    """Refuse schedules and weights of views, and partitions, that can't be.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    count, weights = len(data.train_views), module.view_weights
+    if weights is not None and len(weights) != count:
+        raise ValueError(
+            f"model.view_weights has {len(weights)} entries and data.train_views {count}: give one "
+            "for each view"
+        )
+    if module.teacher_view is not None and data.schedule.settings():
+        raise ValueError(
+            "with model.teacher_view the teachers see another view of the same images in the same "
+            "step: leave data.view_mode and data.view_images out"
+        )
+    if module.partition is not None and data.cache is not None:
+        raise ValueError(
+            "with a feature cache no teacher is loaded in training, so there is nothing to divide "
+            "over ranks: leave model.partition out, or data.cache"
+        )
+
+
 def check_shifts(module: DistillationModule, data: ShardDataModule) -> None:
     """Refuse a teacher's view that is none, and shifts that are no whole patches where they meet.
 
@@ -135,8 +174,8 @@ def check_shifts(module: DistillationModule, data: ShardDataModule) -> None:
     shifting = [n for n in module.teacher_names if getattr(module.losses[n], "uses_shift", False)]
     if chosen is None or not shifting:
         return
-    first = views[chosen]
-    if not all(isinstance(v, ShiftedViews) and v.describe() == first.describe() for v in views):
+    first, every = views[chosen], data.all_views()
+    if not all(isinstance(v, ShiftedViews) and v.describe() == first.describe() for v in every):
         raise ValueError(
             f"the loss of teacher {shifting[0]!r} compares shifted views: set data.train_views to "
             "multikd.data.views.ShiftedViews with the same settings for all"
@@ -275,7 +314,10 @@ def _another_teacher(checkpoint: dict[str, Any], module: DistillationModule) -> 
         names, here = ", ".join(sorted(kept)), ", ".join(sorted(module.teacher_names))
         return f"its teachers are {names}, and here they are {here}"
     for name in module.teacher_names:
-        if kept[name].get("fingerprint") != module.teacher(name).fingerprint():
+        known = module.teacher(name)
+        if isinstance(known, DeferredTeacher) and not known.loaded:
+            continue  # the ranks that load it look
+        if kept[name].get("fingerprint") != known.fingerprint():
             return f"its teacher {name!r} has other weights or another input"
     return None
 

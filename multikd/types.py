@@ -127,6 +127,8 @@ class Batch:
         recorded: int64 ``(B,)``, which recorded view of its sample ``views[0]`` is; −1 where it is
             drawn anew each epoch.
         cached: teacher name → features of ``views[0]``, where a cache serves them.
+        origins: ``dataset`` on the host, for choices that must not wait for the device.
+        view_numbers: which of the training views ``views`` are, where only some were made.
         faults: samples that were replaced in this batch, with the cause.
     """
 
@@ -141,6 +143,8 @@ class Batch:
     recorded: Tensor | None = None
     cached: dict[str, TokenFeatures] | None = None
     faults: list[Fault] = field(default_factory=list)
+    origins: list[int] | None = None
+    view_numbers: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -163,6 +167,21 @@ class Batch:
             if self.cached is None
             else {name: features.map(function) for name, features in self.cached.items()},
         )
+
+    def first(self, count: int) -> Batch:
+        """The first ``count`` images, of each view that shows so many."""
+        if count >= len(self):
+            return self
+        origins = None if self.origins is None else self.origins[:count]
+        cut = dataclasses.replace(self, keys=self.keys[:count], origins=origins)
+        return cut._map(lambda t: t[:count])
+
+    def take(self, rows: Sequence[int], index: Tensor) -> Batch:
+        """The images at ``rows`` without their views; ``index (n,)`` is the same on the device."""
+        origins = None if self.origins is None else [self.origins[row] for row in rows]
+        keys = [self.keys[row] for row in rows]
+        bare = dataclasses.replace(self, views=[], keys=keys, origins=origins)
+        return bare._map(lambda t: t.index_select(0, index))
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Move every tensor; Lightning calls this for us."""

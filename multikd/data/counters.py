@@ -25,6 +25,7 @@ class Stream(IntEnum):
     BLOCK = 3
     LIVE_VIEW = 4
     RECORDED_VIEW = 5
+    VIEW = 6
 
 
 def raw_words(

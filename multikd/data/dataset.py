@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ from multikd.data.decode import (
 from multikd.data.order import EpochOrder
 from multikd.data.remote import is_remote
 from multikd.data.sampler import FILLER, Place
+from multikd.data.schedule import ViewSchedule
 from multikd.data.sources import ShardSource
 from multikd.data.views import DrawKey, Parameters, ViewPolicy, recorded_number
 from multikd.types import Batch, Fault
@@ -217,6 +218,8 @@ class ShardDataset(Dataset[Batch]):
         seed: of the views.
         cache: features of the first view to add to each batch, and of which teachers.
         recorded_seed: of recorded views; None: ``seed``.
+        schedule: which of the views come in a batch, and how many images each shows; None: all.
+        own: place of a data set in the mixture → its views, in place of ``policies``.
     """
 
     def __init__(
@@ -227,6 +230,8 @@ class ShardDataset(Dataset[Batch]):
         seed: int = 0,
         cache: tuple[FeatureCache, tuple[str, ...]] | None = None,
         recorded_seed: int | None = None,
+        schedule: ViewSchedule | None = None,
+        own: Mapping[int, Sequence[ViewPolicy]] | None = None,
     ) -> None:
         if not policies:
             raise ValueError("a data set needs at least one view policy, received none")
@@ -236,6 +241,8 @@ class ShardDataset(Dataset[Batch]):
         self.seed = seed
         self.recorded_seed = seed if recorded_seed is None else recorded_seed
         self.cache = cache
+        self.schedule = schedule or ViewSchedule(len(self.policies))
+        self.own = {place: tuple(views) for place, views in (own or {}).items()}
         self.grey_for_lost = False  # on several ranks: one that raised alone would hang the others
         self._remote = any(is_remote(url) for source in reader.sources for url in source.urls)
 
@@ -248,13 +255,17 @@ class ShardDataset(Dataset[Batch]):
     def __getitems__(self, places: list[Place]) -> Batch:
         """The batch of these places, all of one epoch."""
         epoch = places[0][0]
-        positions = np.array([position for _, position in places], dtype=np.int64)
+        number = places[0][2] if len(places[0]) > 2 else 0
+        views = self.schedule.views(self.seed, epoch, number)
+        if self.schedule.mode == "alternate":
+            places = places[: self.schedule.shown(views[0], len(places))]
+        positions = np.array([place[1] for place in places], dtype=np.int64)
         real = positions != FILLER
         stand_in = int(positions[real][0]) if real.any() else 0
-        dataset, sample, number = self._resolve(epoch, np.where(real, positions, stand_in))
+        dataset, sample, recorded = self._resolve(epoch, np.where(real, positions, stand_in))
         if self._remote:
             self._fetch_ahead(epoch, stand_in)
-        return self._assemble(epoch, positions, dataset, sample, number)
+        return self._assemble(epoch, positions, dataset, sample, recorded, views)
 
     def _resolve(self, epoch: int, positions: Ints) -> tuple[Ints, Ints, Ints]:
         """Data set, sample and number of the recorded view (−1: drawn anew) at positions."""
@@ -277,28 +288,43 @@ class ShardDataset(Dataset[Batch]):
             source.prefetch(shards, source.cache.max_bytes * need / max(sum(needs), 1))
 
     def _assemble(
-        self, epoch: int, positions: Ints, dataset: Ints, sample: Ints, number: Ints
+        self,
+        epoch: int,
+        positions: Ints,
+        dataset: Ints,
+        sample: Ints,
+        number: Ints,
+        numbers: Sequence[int],
     ) -> Batch:
-        views: list[list[Tensor]] = [[] for _ in self.policies]
-        size = max(len(policy.names) for policy in self.policies)
-        parameters = np.zeros((len(positions), len(self.policies), size), dtype=np.float32)
+        views: list[list[Tensor]] = [[] for _ in numbers]
+        shown = [self.schedule.shown(n, len(positions)) for n in numbers]
+        every = [self.policies, *self.own.values()]
+        size = max(len(policies[n].names) for policies in every for n in numbers)
+        parameters = np.zeros((len(positions), len(numbers), size), dtype=np.float32)
         labels, keys, faults = [], [], []
         rows = zip(*(a.tolist() for a in (positions, dataset, sample, number)), strict=True)
         for row, (position, group, index, recorded) in enumerate(rows):
-            draw_keys = [DrawKey.live(self.seed, epoch, position, v) for v in range(len(views))]
-            if recorded >= 0:
-                draw_keys[0] = DrawKey.recorded(self.recorded_seed, group, index, recorded)
+            policies = self.own.get(group, self.policies)
+            looks = [
+                (DrawKey.live(self.seed, epoch, position, n), policies[n])
+                for n, most in zip(numbers, shown, strict=True)
+                if row < most
+            ]
+            if recorded >= 0 and numbers[0] == 0 and row < shown[0]:
+                key = DrawKey.recorded(self.recorded_seed, group, index, recorded)
+                looks[0] = (key, policies[0])
             try:
-                found, seen, fault = self.reader.read(group, index, partial(self._see, draw_keys))
+                found, seen, fault = self.reader.read(group, index, partial(self._see, looks))
             except NoStandIn as lost:
                 if not self.grey_for_lost:
                     raise
-                found, seen, fault = self._grey(group, index, lost)
+                found, seen, fault = self._grey(group, index, [policy for _, policy in looks], lost)
             labels.append(found.label if position != FILLER else -1)
             keys.append(found.key)
             if fault is not None and position != FILLER:
                 faults.append(fault)
-            for view, (drawn, image) in enumerate(seen):
+            visible = [view for view, most in enumerate(shown) if row < most]
+            for view, (drawn, image) in zip(visible, seen, strict=True):
                 parameters[row, view, : len(drawn)] = drawn
                 views[view].append(image)
         return Batch(
@@ -310,12 +336,14 @@ class ShardDataset(Dataset[Batch]):
             samples=torch.from_numpy(sample),
             view_parameters=torch.from_numpy(parameters),
             recorded=torch.from_numpy(number),
-            cached=self._cached(dataset, sample, number),
+            cached=self._cached(dataset, sample, number) if numbers[0] == 0 else None,
             faults=faults,
+            origins=dataset.tolist(),
+            view_numbers=None if len(numbers) == len(self.policies) else tuple(numbers),
         )
 
     def _grey(
-        self, dataset: int, number: int, lost: NoStandIn
+        self, dataset: int, number: int, policies: Sequence[ViewPolicy], lost: NoStandIn
     ) -> tuple[Sample, list[tuple[Parameters, Tensor]], Fault]:
         """Grey views without a label: the batch keeps its shape, and every rank its steps."""
         shard, key = self.reader.place(dataset, number)
@@ -324,15 +352,17 @@ class ShardDataset(Dataset[Batch]):
                 np.zeros(len(policy.names), dtype=np.float32),
                 torch.full((3, policy.size, policy.size), 128, dtype=torch.uint8),
             )
-            for policy in self.policies
+            for policy in policies
         ]
         pixels = np.full((1, 1, 3), 128, dtype=np.uint8)
         return Sample(pixels, -1, key), seen, Fault(NO_STAND_IN, shard, key, str(lost))
 
-    def _see(self, keys: list[DrawKey], sample: Sample) -> list[tuple[Parameters, Tensor]]:
+    def _see(
+        self, looks: Sequence[tuple[DrawKey, ViewPolicy]], sample: Sample
+    ) -> list[tuple[Parameters, Tensor]]:
         """Parameters and pixels of each view of a sample."""
         seen = []
-        for key, policy in zip(keys, self.policies, strict=True):
+        for key, policy in looks:
             drawn = policy.draw(key, sample.size)
             seen.append((drawn, policy.see(sample.pixels, drawn)))
         return seen

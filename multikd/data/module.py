@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from multikd import distributed
+from multikd.data.balanced import BalancedOrder
 from multikd.data.cache import (
     CacheDtype,
     CacheSource,
@@ -30,9 +31,10 @@ from multikd.data.order import EpochOrder
 from multikd.data.remote import RemoteCache, public_name
 from multikd.data.resuming import LoaderState
 from multikd.data.sampler import GlobalBatchSampler
+from multikd.data.schedule import ViewMode, schedule
 from multikd.data.sequential import SequentialShards, sequential_urls
 from multikd.data.sources import DEFAULT_CACHE, ShardSource
-from multikd.data.specs import DatasetSpec, Opened, dataset_facts
+from multikd.data.specs import DatasetSpec, Opened, check_own_views, dataset_facts
 from multikd.data.views import EvalViews, UnicViews, ViewPolicy
 from multikd.data.workers import Workers, choose_workers, measure_loading, usable_cores
 from multikd.types import TokenFeatures
@@ -62,6 +64,11 @@ class ShardDataModule(LightningDataModule):
         cache_dtype: number format that features are kept in.
         cache_storage: the same in detail (int8, PCA, fewer patches), in place of ``cache_dtype``.
         recorded_seed: of recorded views, where runs of several seeds share a cache; None: ``seed``.
+        balanced: every global batch holds the same number of each data set of a mixture, in
+            proportion to their weights (``balanced.py``).
+        view_mode: several ``train_views`` come ``together`` in every step, or ``alternate``.
+        view_shares: ``alternate``: how often each comes, relative to each other; None: equally.
+        view_images: how many images of a process's batch each view shows; None: all.
         in_memory: decode small sets once and keep the images.
         in_memory_gb: bound of that, per set.
         max_fault_rate: share of unreadable samples past which the run stops.
@@ -115,6 +122,10 @@ class ShardDataModule(LightningDataModule):
         shuffle_buffer: int = 1000,
         cache_storage: CacheStorage | None = None,
         recorded_seed: int | None = None,
+        balanced: bool = False,
+        view_mode: ViewMode = "together",
+        view_shares: list[float] | None = None,
+        view_images: list[int | None] | None = None,
     ) -> None:
         super().__init__()
         if train_views is None:
@@ -122,6 +133,9 @@ class ShardDataModule(LightningDataModule):
         self.train_views = [train_views] if isinstance(train_views, ViewPolicy) else train_views
         if not self.train_views:
             raise ValueError("train_views must be at least one view policy, received an empty list")
+        self.balanced = balanced
+        self.view_mode = view_mode
+        self.schedule = schedule(len(self.train_views), view_mode, view_shares, view_images)
         self.eval_views = eval_views or EvalViews(self.train_views[0].size)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -176,6 +190,18 @@ class ShardDataModule(LightningDataModule):
                 "a feature cache needs views that come back: set recorded (for instance 4) in "
                 "train_views"
             )
+        own = {name: spec.policies() for name, spec in self.mixture().items()}
+        check_own_views(self.train_views, {name: v for name, v in own.items() if v is not None})
+        if self.balanced and len(own) < 2:
+            raise ValueError(
+                "balanced batches hold two or more data sets: set data.train to a mixture "
+                "{name: {urls: …}, …}, or balanced to false"
+            )
+        if self.sequential and self.schedule.settings():
+            raise ValueError(
+                "the sequential mode shows all views of every image: leave view_mode and "
+                "view_images out, or set sequential to false"
+            )
         if self.sequential:
             if self.epoch_batches is None:
                 raise ValueError(
@@ -186,6 +212,16 @@ class ShardDataModule(LightningDataModule):
                     "recorded views, feature caches and mixtures need the indexed mode: set "
                     "sequential to false, or leave them out"
                 )
+
+    def mixture(self) -> dict[str, DatasetSpec]:
+        """The data sets of a training mixture by name; empty for a list of shards."""
+        train = self._specs["train"]
+        return dict(train) if isinstance(train, dict) else {}
+
+    def all_views(self) -> list[ViewPolicy]:
+        """Every policy that training uses: ``train_views``, and those of single data sets."""
+        own = [view for spec in self.mixture().values() for view in spec.policies() or []]
+        return [*self.train_views, *own]
 
     def has(self, role: str) -> bool:
         """Whether shards were given for ``train``, ``val`` or ``bank``."""
@@ -262,9 +298,11 @@ class ShardDataModule(LightningDataModule):
     def train_order(self) -> EpochOrder:
         """The order of the training samples."""
         train = self._open("train")
-        return EpochOrder(
-            train.lengths, train.weights, self.seed, self.window_shards, self.epoch_length
-        )
+        rest = (self.seed, self.window_shards, self.epoch_length)
+        if self.balanced:
+            batch = self.batch_size * self._ranks()[1]
+            return BalancedOrder(train.lengths, train.weights, batch, train.names, *rest)
+        return EpochOrder(train.lengths, train.weights, *rest)
 
     def _train_sampler(self, rank: int, world: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(self.train_order().length, self.batch_size, rank, world)
@@ -291,13 +329,20 @@ class ShardDataModule(LightningDataModule):
                 self.seed,
                 self._cached(),
                 self.recorded_seed,
+                self.schedule,
+                self._own_views(),
             )
             shards.grey_for_lost = self._ranks()[1] > 1
             sampler = self._train_sampler(*self._ranks())
+            sampler.numbered = self.schedule.mode == "alternate"
             self._train_loader = self._loader(shards, sampler, train=True)
         if self.resumed is not None:
             self._go_on(self.resumed)
         return self._train_loader
+
+    def _own_views(self) -> dict[int, list[ViewPolicy]]:
+        policies = [spec.policies() for spec in self.mixture().values()]
+        return {place: views for place, views in enumerate(policies) if views is not None}
 
     # --- going on inside an epoch -------------------------------------------------------------
 
@@ -310,6 +355,9 @@ class ShardDataModule(LightningDataModule):
             text = "\n".join([*map(public_name, listed), str(self.shuffle_buffer)])
             return identity | {"shards": hashlib.sha256(text.encode()).hexdigest()[:16]}
         train, order = self._open("train"), self.train_order()
+        if isinstance(order, BalancedOrder):
+            identity["balanced"] = ",".join(map(str, order.counts))
+        identity |= self.schedule.settings()
         digest = hashlib.sha256()
         for source in train.reader.sources:
             digest.update(source.fingerprint().encode())

@@ -190,7 +190,7 @@ class EpochOrder:
                 )
             self.quotas = self.totals
         else:
-            self.quotas = _quotas(self.length, weights, len(self._streams))
+            self.quotas = quotas_of(self.length, weights, len(self._streams))
         self._blocks = _Recent()
 
     def __len__(self) -> int:
@@ -289,7 +289,7 @@ class EpochOrder:
         return counts
 
 
-def _quotas(length: int, weights: Sequence[float] | None, count: int) -> tuple[int, ...]:
+def quotas_of(length: int, weights: Sequence[float] | None, count: int) -> tuple[int, ...]:
     """Samples of an epoch that each data set gives (largest remainders; sum = ``length``)."""
     shares = [1.0] * count if weights is None else [float(w) for w in weights]
     if len(shares) != count:

@@ -17,7 +17,8 @@ from torch.utils.data import Sampler
 FILLER = -1
 """Position of a place that only pads a batch, so that batches are equal on every rank."""
 
-Place = tuple[int, int]  # (epoch, position)
+# (epoch, position), and the batch's number in its epoch where a sampler is to say it.
+Place = tuple[int, int] | tuple[int, int, int]
 
 
 class GlobalBatchSampler(Sampler[list[Place]]):
@@ -31,6 +32,7 @@ class GlobalBatchSampler(Sampler[list[Place]]):
             pads it with places of position ``FILLER`` so that every rank has as many batches.
 
     ``len()`` is the number of batches of the epoch that was set, those before its start included.
+    With ``numbered`` set, places also carry the number of their batch, the same on every rank.
 
     Raises:
         ValueError: fewer samples than one global batch with ``drop_last``; a rank outside
@@ -51,6 +53,7 @@ class GlobalBatchSampler(Sampler[list[Place]]):
         self.world = world
         self.epoch = 0
         self.start = 0
+        self.numbered = False
         self._size = batch_size
         span = batch_size * world
         self._batches = length // span if drop_last else -(-length // span)
@@ -137,14 +140,17 @@ class GlobalBatchSampler(Sampler[list[Place]]):
         self.start = 0  # only the next iteration is shortened
         if rest is not None:
             for batch in range(rest.before, rest.total):
-                yield [(epoch, place) for place in rest.places(batch, self.rank)]
+                yield self._places(epoch, batch, rest.places(batch, self.rank))
             return
         for batch in range(start, self._batches):
             first = batch * self.span + self.rank * self._size
-            yield [
-                (epoch, position if position < self.length else FILLER)
-                for position in range(first, first + self._size)
-            ]
+            places = range(first, first + self._size)
+            yield self._places(epoch, batch, [p if p < self.length else FILLER for p in places])
+
+    def _places(self, epoch: int, batch: int, positions: list[int]) -> list[Place]:
+        if self.numbered:
+            return [(epoch, position, batch) for position in positions]
+        return [(epoch, position) for position in positions]
 
 
 class Rest:

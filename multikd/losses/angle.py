@@ -90,4 +90,4 @@ class AngleLoss(KeepsDtype, DistillationLoss):
         now = all_reduce_sum(spread) / count
         self.mean.copy_(mean)
         self.dispersion.copy_(torch.lerp(self.dispersion.to(y.dtype), now, weight))
-        self.updates += 1
+        self.updates += (sums[-1] > 0).long()  # a batch may hold no image of this teacher

@@ -12,7 +12,7 @@ from multikd.distributed import all_reduce_sum, world_size
 from multikd.errors import unknown_name
 from multikd.functional import full_precision, hash_uniform, hash_unit
 
-Normalize = Literal["image", "batch"]
+Normalize = Literal["image", "batch", "teacher"]
 
 # Streams of random draws; far from the teacher indices that HardestKept uses as streams.
 _TEACHER_STREAM = 1 << 32
@@ -46,6 +46,9 @@ def weigh(
     - ``image``: ``w = λ̄ · λ_t·keep / Σ_t λ_t·keep``: each image counts equally.
     - ``batch``: the denominator is the mean of ``Σ_t λ_t·keep`` over the images of **all** ranks,
       as UNIC's published code has it (for one rank): images that keep more teachers weigh more.
+    - ``teacher``: ``w = λ_t · keep · (images) / (T · images kept for t)``, both counted over all
+      ranks: the mean over teachers of λ_t times the mean over the images that count for each. A
+      teacher with few images (data of its own, a part of the ranks) then weighs like the others.
 
     The factor λ̄ is 1 for balancers of relative weights. For learned ones it is what makes the sum
     Kendall's when nothing is dropped; without it their common scale would not enter the loss.
@@ -73,6 +76,11 @@ def weigh(
         )
     losses, keep, lambdas = full_precision(losses), full_precision(keep), full_precision(lambdas)
     weighted = lambdas.unsqueeze(1) * keep
+    if normalize == "teacher":
+        images = all_reduce_sum(keep.sum(1)).clamp(min=1.0)
+        share = world_size() * keep.shape[1] / (len(keep) * images)
+        weights = weighted * share.unsqueeze(1)
+        return (torch.where(keep > 0, losses, 0.0) * weights).sum() / losses.shape[1], weights
     if normalize == "image":
         divisor = weighted.sum(0)
     elif normalize == "batch":
@@ -131,7 +139,17 @@ class TeacherDropper(nn.Module):
 
 
 class NoDropping(TeacherDropper):
-    """Every teacher runs and counts for every image."""
+    """Every teacher runs and counts for every image that is its.
+
+    Args:
+        normalize: see ``weigh``; null is ``image``, and ``teacher`` where ranks run different
+            teachers, which is the same where every teacher sees as many images.
+    """
+
+    def __init__(self, normalize: Normalize | None = None) -> None:
+        super().__init__()
+        self.by_default = normalize is None
+        self.normalize = _checked(normalize or "image")
 
 
 class HardestKept(TeacherDropper):
@@ -139,17 +157,16 @@ class HardestKept(TeacherDropper):
 
     Args:
         p: probability of dropping.
-        normalize: ``batch`` as the published code, over all ranks; ``image`` as the paper says.
+        normalize: ``batch`` as the published code, over all ranks; ``image`` as the paper says;
+            ``teacher`` for data of single teachers.
         seed: of the draws, which are keyed by (seed, epoch, position, teacher).
     """
 
     def __init__(self, p: float = 0.5, normalize: Normalize = "batch", seed: int = 0) -> None:
         super().__init__()
         _check_probability(p)
-        if normalize not in get_args(Normalize):
-            raise unknown_name("normalize", normalize, get_args(Normalize))
         self.p = p
-        self.normalize = normalize
+        self.normalize = _checked(normalize)
         self.seed = seed
 
     def keep(
@@ -179,11 +196,13 @@ class RandomTeachers(TeacherDropper):
     Args:
         p: probability of leaving a teacher out; one always stays.
         seed: of the draws, which are keyed by (seed, step, teacher) and so alike on every rank.
+        normalize: see ``weigh``.
     """
 
-    def __init__(self, p: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, p: float = 0.5, seed: int = 0, normalize: Normalize = "image") -> None:
         super().__init__()
         _check_probability(p)
+        self.normalize = _checked(normalize)
         self.p = p
         self.seed = seed
 
@@ -197,6 +216,12 @@ class RandomTeachers(TeacherDropper):
         }
         luckiest = max(draws, key=draws.__getitem__)
         return tuple(n for n in self.names if draws[n] >= self.p or n == luckiest)
+
+
+def _checked(normalize: Normalize) -> Normalize:
+    if normalize not in get_args(Normalize):
+        raise unknown_name("normalize", normalize, get_args(Normalize))
+    return normalize
 
 
 def _check_probability(p: float) -> None:

@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,8 +19,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from multikd.data.claims import TeacherData, claims
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
+from multikd.distributed import rank
 from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder
@@ -29,7 +31,9 @@ from multikd.losses.dropping import NoDropping, TeacherDropper, weigh
 from multikd.losses.feature import DistillationLoss, FeatureLoss
 from multikd.losses.labels import Term
 from multikd.losses.shift import view_shift
+from multikd.modules.allotment import Allotment, allot, allotted_targets, anchored
 from multikd.modules.ema import StudentAverage
+from multikd.modules.partition import Partition, check_told, facts_of, load_own
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
     GRADIENTS_KEY,
@@ -72,6 +76,9 @@ class DistillationModule(pl.LightningModule):
         terms: losses beside the teachers' (labels, …), each with a weight of its own.
         teacher_view: which of several training views the teachers see while the student learns
             from each of the others; null: each learns from what both see.
+        view_weights: weight of each training view's loss, scaled to a mean of 1; null: equal.
+        teacher_data: whose the images of ``data.train``'s data sets are (``multikd.data.claims``).
+        partition: groups of teachers; rank r loads and runs those of group r mod G only.
         target_grid: on which patch grid prediction and target meet: the ``teacher``'s, the
             ``student``'s, or the ``smaller`` of the two.
         optimizer: makes the optimiser from parameter groups; its ``lr`` is that of a batch of
@@ -104,6 +111,9 @@ class DistillationModule(pl.LightningModule):
         ema_decay: float | None = None,
         validate_losses: bool = True,
         compile_student: bool = False,
+        view_weights: list[float] | None = None,
+        teacher_data: TeacherData | None = None,
+        partition: list[list[str]] | None = None,
     ) -> None:
         super().__init__()
         check_names(teachers)
@@ -124,7 +134,8 @@ class DistillationModule(pl.LightningModule):
             for name, teacher in teachers.items()
         }
         self.ladder = Ladder(student.widths, projected, projectors or MLPProjectors())
-        student.freeze_unreached(uses_features, tokens_read(self.ladder, projected.values()))
+        self._tokens = tokens_read(self.ladder, projected.values())
+        student.freeze_unreached(uses_features, self._tokens)
         factory = normalizers or EMAStandardizers()
         self.normalizers = nn.ModuleDict(
             {name: factory.for_teacher(name, teacher.widths) for name, teacher in teachers.items()}
@@ -138,6 +149,13 @@ class DistillationModule(pl.LightningModule):
         self.balancer = balancer if balancer is not None else FixedWeights()
         self.balancer.bind(self.teacher_names)
         self.teacher_view = teacher_view
+        self.view_weights = checked_weights(view_weights)
+        self.teacher_data: TeacherData | None = teacher_data
+        self.claims: dict[str, frozenset[int]] | None = None  # known when the data are
+        self.partition = None if partition is None else Partition(partition, self.teacher_names)
+        if self.partition is not None and getattr(self.dropper, "by_default", False):
+            self.dropper.normalize = "teacher"
+        self._told: dict[str, dict[str, str]] = {}  # of a partition's teachers, all ranks'
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
         self.lr_batch = lr_batch
@@ -196,7 +214,12 @@ class DistillationModule(pl.LightningModule):
         return output.features
 
     def targets(
-        self, batch: Batch, images: Tensor, view: int, names: Sequence[str]
+        self,
+        batch: Batch,
+        images: Tensor,
+        view: int,
+        names: Sequence[str],
+        allotment: Allotment | None = None,
     ) -> dict[str, TokenFeatures]:
         """Teacher features of one view: from the batch where a cache served them, else live."""
         if view == 0 and batch.cached is not None:
@@ -206,8 +229,14 @@ class DistillationModule(pl.LightningModule):
                     f"the feature cache holds {', '.join(sorted(batch.cached))} and lacks "
                     f"{', '.join(missing)}: delete its folder to compute it anew"
                 )
-            return {name: batch.cached[name] for name in names}
+            if allotment is None:
+                return {name: batch.cached[name] for name in names}
         with shared_sizes():
+            if allotment is not None:
+                patch = self.student.spec.patch_size
+                return allotted_targets(
+                    allotment, batch, images, view == 0, self.teacher, self.run_teacher, patch
+                )
             return {name: self.run_teacher(name, images) for name in names}
 
     def run_teacher(self, name: str, images: Tensor) -> TokenFeatures:
@@ -228,13 +257,14 @@ class DistillationModule(pl.LightningModule):
     ) -> tuple[Tensor, StepRecord]:
         """Loss of one view of a batch, and the record of how it came about."""
         images = to_float(batch.views[view])
-        names = self.teacher_names
+        names = self.here()
         if training:
             names = self.dropper.select(self._step_number(batch_idx))
+        allotment = self._allot(batch, names, images) if training else None
         output: StudentOutput = self.student(images)
         seen = view if self.teacher_view is None or not training else self.teacher_view
         shown = images if seen == view else to_float(batch.views[seen])
-        targets = self.targets(batch, shown, seen, names)
+        targets = self.targets(batch, shown, seen, names, allotment)
         shift = None if seen == view else view_shift(batch, view, seen)
         student_grids = [rung.grid for rung in output.rungs if rung.grid is not None]
         grids: dict[str, Grid | None] = {
@@ -242,7 +272,8 @@ class DistillationModule(pl.LightningModule):
             name: targets[name].places_grid or self._grid(student_grids, targets[name].grid)
             for name in names
         }
-        predictions = self.ladder(output.rungs, grids, names)
+        present = names if allotment is None else allotment.present
+        predictions = self.ladder(output.rungs, grids, present)
         rows: list[Tensor] = []
         norms: dict[str, Tensor] = {"student": mean_norm(output.features.summary)}
         for name in names:
@@ -252,9 +283,19 @@ class DistillationModule(pl.LightningModule):
             target = on_grid(normalizer(raw), grids[name])
             if training:
                 normalizer.update(raw)
-            extra = {"shift": shift} if self.losses[name].uses_shift else {}
-            prediction = at_places(predictions[name], raw)
-            rows.append(self.losses[name](prediction, target, batch, **extra))
+            if allotment is None:
+                own, prediction, moved = batch, predictions[name], shift
+            else:
+                own, prediction = (
+                    allotment.own(name, batch),
+                    allotment.prediction(name, predictions, target),
+                )
+                moved = None if shift is None else allotment.part(name, shift)
+            extra = {"shift": moved} if self.losses[name].uses_shift else {}
+            loss = self.losses[name](at_places(prediction, raw), target, own, **extra)
+            rows.append(loss if allotment is None else allotment.spread(name, loss))
+            if name not in present:
+                continue
             norms[f"prediction/{name}"] = mean_norm(
                 predictions[name].summary, predictions[name].patches
             )
@@ -263,16 +304,26 @@ class DistillationModule(pl.LightningModule):
         # Places that only make the batches of all ranks equal (after a change of their number).
         real = batch.positions >= 0
         if training:
-            keep = self.dropper.keep(losses.detach(), batch.positions, self.current_epoch, names)
-            keep = torch.where(real, keep, 0.0)
-            lambdas, regulariser = self.balancer(losses.mean(dim=1), names)
+            judged, counts = losses.detach(), real
+            means = losses.mean(dim=1)
+            if allotment is not None:
+                belongs = allotment.belongs()
+                counts = real & belongs
+                # So that an image's hardest teacher is one of its own.
+                judged = torch.where(belongs, judged, -torch.inf)
+                means = allotment.means(judged, belongs)
+            keep = self.dropper.keep(judged, batch.positions, self.current_epoch, names)
+            keep = torch.where(counts, keep, 0.0)
+            lambdas, regulariser = self.balancer(means, names)
             total, weights = weigh(losses, keep, lambdas, self.dropper.normalize)
             if self.keeps_parts:
-                self._keep_parts(names, losses, weights)
+                self._keep_parts(names, present, losses, weights)
             total = total + regulariser
-            absent = [name for name in self.teacher_names if name not in names]
+            absent = [name for name in self.teacher_names if name not in present]
             if absent:
                 total = total + self.ladder.unused_zero(absent)
+            if allotment is not None:
+                total = total + anchored(output, self._tokens)
         else:
             keep = torch.ones_like(losses)
             lambdas = torch.ones(len(names), device=losses.device)
@@ -293,12 +344,29 @@ class DistillationModule(pl.LightningModule):
             terms=terms,
             keys=batch.keys,
             norms=norms,
+            images=None if allotment is None else allotment.images,
         )
         return total, record
 
-    def _keep_parts(self, names: Sequence[str], losses: Tensor, weights: Tensor) -> None:
+    def here(self) -> tuple[str, ...]:
+        """The teachers that this rank runs: all of them without a partition."""
+        if self.partition is None:
+            return self.teacher_names
+        return self.partition.here(rank() if self._trainer is None else self.global_rank)
+
+    def _allot(self, batch: Batch, names: Sequence[str], images: Tensor) -> Allotment | None:
+        """Who gets what; None where every image is every teacher's, on every rank."""
+        if self.claims is None and self.partition is None:
+            return None
+        return allot(batch, names, self.claims, self.here(), images.device)
+
+    def _keep_parts(
+        self, names: Sequence[str], present: Collection[str], losses: Tensor, weights: Tensor
+    ) -> None:
         parts = torch.where(weights > 0, weights * losses, 0.0).mean(dim=1)
         for index, name in enumerate(names):
+            if name not in present:
+                continue
             earlier = self.kept_parts.get(name)
             self.kept_parts[name] = parts[index] if earlier is None else earlier + parts[index]
 
@@ -328,12 +396,22 @@ class DistillationModule(pl.LightningModule):
         losses, records = [], []
         self.kept_parts = {}
         for view in self.student_views(len(batch.views)):
-            loss, record = self.step(batch, view, batch_idx, training=True)
-            losses.append(loss)
+            number = view if batch.view_numbers is None else batch.view_numbers[view]
+            shown = batch.first(len(batch.views[view]))
+            loss, record = self.step(shown, view, batch_idx, training=True)
+            losses.append(loss if self.view_weights is None else loss * self._view_weight(number))
             records.append(record)
-            self._log_step(record, len(batch))
+            self._log_step(record, len(shown))
+            if len({seen.shape[-1] for seen in batch.views}) > 1 or batch.view_numbers is not None:
+                side = batch.views[view].shape[-1]
+                self.log(f"train/loss_at/{side}", record.total, batch_size=len(shown))
         self.last_records = tuple(records)
         return torch.stack(losses).mean()
+
+    def _view_weight(self, number: int) -> float:
+        weights = self.view_weights or []
+        chosen = [weights[view] for view in self.student_views(len(weights))]
+        return weights[number] * len(chosen) / sum(chosen)
 
     def student_views(self, count: int) -> list[int]:
         """Which of ``count`` views the student learns from: all but the teachers' own.
@@ -348,6 +426,16 @@ class DistillationModule(pl.LightningModule):
                 "data.train_views to a list of two or more, of which it is one (from 0 on)"
             )
         return views
+
+    def setup(self, stage: str) -> None:
+        """Learn whose the data are; of a partition's teachers load those that this rank runs."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ShardDataModule):
+            self.claims = claims(data.mixture(), self.teacher_names, self.teacher_data)
+        if self.partition is not None and stage == "fit":
+            self.partition.check_ranks(self.trainer.world_size)
+            teachers = {name: self.teacher(name) for name in self.teacher_names}
+            self._told = load_own(teachers, self.here())
 
     def on_train_start(self) -> None:
         """After a checkpoint was restored: read the seed from its device, once; go on inside an
@@ -413,9 +501,14 @@ class DistillationModule(pl.LightningModule):
             total = torch.stack(list(values.values())).mean()
             for name, term in record.terms.items():
                 total = total + cast(Term, self.terms[name]).weight * _mean_of(term, real)
+            # Of every teacher on every rank, in one order: where it does not run, of no image.
+            counts = {f"val/loss/{n}": count if n in values else 0 for n in self.teacher_names}
             logged = {f"val/loss/{n}": value for n, value in values.items()} | {"val/loss": total}
-            # Weighted with the real images: a batch that only pads a rank counts nothing.
-            self.log_dict(logged, batch_size=count, sync_dist=True, add_dataloader_idx=False)
+            # Weighted with the real images: a batch that only pads a rank counts nothing. Times the
+            # ranks, since Lightning takes the mean over them of these integers, rounded down.
+            for key, size in {**counts, "val/loss": count}.items():
+                value, size = logged.get(key, torch.zeros_like(total)), size * self._ranks()
+                self.log(key, value, batch_size=size, sync_dist=True, add_dataloader_idx=False)
         features = self(batch.views[0])
         return {
             "features": features,
@@ -451,6 +544,8 @@ class DistillationModule(pl.LightningModule):
         if math.isfinite(batches):
             views = getattr(getattr(self.trainer, "datamodule", None), "train_views", [None])
             steps = max(len(views) - (self.teacher_view is not None), 1)
+            if getattr(getattr(self.trainer, "datamodule", None), "view_mode", None) == "alternate":
+                steps = 1
             for name in self.teacher_names:
                 self.normalizer(name).set_total_steps(max(int(batches) * steps, 1))
 
@@ -458,6 +553,11 @@ class DistillationModule(pl.LightningModule):
         """Under ``ModelParallelStrategy`` (FSDP2), shard whatever is trained, and its average."""
         if self.device_mesh is None:
             return
+        if self.partition is not None:
+            raise ValueError(
+                "partition divides teachers over the ranks of DDP, where every rank has the whole "
+                "student: set trainer.strategy to ddp, or leave partition out"
+            )
         parts = [self.student, self.ladder, self.balancer, *self.losses.values()]
         parts += self.terms.values()
         if self.average is not None:
@@ -466,6 +566,8 @@ class DistillationModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
+        if self._told:
+            check_told(self._told, checkpoint.get("teachers"), self.teacher_names)
         data = getattr(self._trainer, "datamodule", None)
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if not isinstance(data, ShardDataModule) or loops is None:
@@ -487,12 +589,7 @@ class DistillationModule(pl.LightningModule):
     def teacher_facts(self) -> dict[str, dict[str, str]]:
         """Encoder, licence, source and fingerprint of every teacher, for checkpoints."""
         return {
-            name: {
-                "encoder": self.teacher(name).spec.name,
-                "licence": self.teacher(name).spec.licence,
-                "source": self.teacher(name).spec.source,
-                "fingerprint": self.teacher(name).fingerprint(),
-            }
+            name: self._told.get(name) or facts_of(self.teacher(name))
             for name in self.teacher_names
         }
 
@@ -527,6 +624,9 @@ class DistillationModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
 
+    def _ranks(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
     def _move_average(self, *_: Any) -> None:
         if self.average is not None and not self.skip_step:
             self.average.update(self.student)
@@ -548,8 +648,14 @@ class DistillationModule(pl.LightningModule):
         """Log every term, weight, share and norm as device tensors: no synchronisation here."""
         self.log("train/loss", record.total, prog_bar=True, batch_size=batch_size)
         self.log_dict(record.values(), batch_size=batch_size)
-        per_teacher = record.losses.mean(dim=1)
-        means = {f"epoch/loss/{name}": per_teacher[i] for i, name in enumerate(record.names)}
+        means = {f"epoch/loss/{n}": value for n, value in record.mean(record.losses).items()}
+        if record.images is not None:  # each weighted with its own images
+            for name, size in record.images.items():
+                value = means.pop(f"epoch/loss/{name}")
+                self.log(
+                    f"epoch/loss/{name}", value, on_step=False, on_epoch=True, sync_dist=True,
+                    batch_size=size * self._ranks(),
+                )  # fmt: skip
         means["epoch/loss"] = record.total
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
 
@@ -622,6 +728,21 @@ def tokens_read(ladder: Ladder, widths: Iterable[Widths]) -> set[TokenType]:
     ):
         return set(TOKEN_TYPES)  # other kinds may mix them
     return {t for w in widths for t, width in zip(TOKEN_TYPES, w, strict=True) if width is not None}
+
+
+def checked_weights(weights: list[float] | None) -> list[float] | None:
+    """Weights of views as they are given.
+
+    Raises:
+        ValueError: one below 0, or none above.
+    """
+    if weights is not None and (
+        not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0
+    ):
+        raise ValueError(
+            f"view_weights must be 0 or more and one of them above, received {weights}"
+        )
+    return weights
 
 
 def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class StepRecord:
         terms: name → ``(B,)`` of the terms beside the teachers'.
         keys: the B sample keys.
         norms: name → norm of predictions and targets, for logging.
+        images: teacher → images of the batch that were its, the others having loss 0; None where
+            all were.
     """
 
     names: tuple[str, ...]
@@ -32,15 +34,24 @@ class StepRecord:
     terms: dict[str, Tensor]
     keys: list[str]
     norms: dict[str, Tensor]
+    images: dict[str, int] | None = None
+
+    def mean(self, values: Tensor) -> dict[str, Tensor]:
+        """Teacher → mean of its row of ``(T, B)`` over its own images, 0 without any."""
+        if self.images is None:
+            return dict(zip(self.names, values.mean(dim=1), strict=True))
+        sums = zip(self.names, values.sum(dim=1), strict=True)
+        return {name: total / max(self.images[name], 1) for name, total in sums}
 
     def values(self) -> dict[str, Tensor]:
         """What is logged each step: every loss, share, weight, term and norm, without a sync."""
-        per_teacher = self.losses.mean(dim=1)
-        kept = self.keep.mean(dim=1)
+        per_teacher, kept = self.mean(self.losses), self.mean(self.keep)
         values: dict[str, Tensor] = {}
         for index, name in enumerate(self.names):
-            values[f"train/loss/{name}"] = per_teacher[index]
-            values[f"train/kept/{name}"] = kept[index]
+            if self.images is not None and not self.images[name]:
+                continue
+            values[f"train/loss/{name}"] = per_teacher[name]
+            values[f"train/kept/{name}"] = kept[name]
             values[f"train/weight/{name}"] = self.lambdas[index]
         for name, term in self.terms.items():
             values[f"train/term/{name}"] = term.mean()

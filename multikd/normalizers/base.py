@@ -45,6 +45,10 @@ class Moments(NamedTuple):
     mean: Tensor
     m2: Tensor
 
+    def known_mean(self) -> Tensor:
+        """The mean, float32; NaN where there was nothing to take it of."""
+        return torch.where(self.n > 0, self.mean, torch.nan).float()
+
     def std(self, fallback: Tensor) -> Tensor:
         """Unbiased deviation, float32; ``fallback`` where one observation tells none."""
         std = (self.m2 / (self.n - 1.0).clamp(min=1.0)).sqrt().float()

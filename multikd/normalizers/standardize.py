@@ -61,7 +61,7 @@ class EMAStandardizer(FeatureNormalizer):
         momentum = self.momentum()
         for token, moments in self._moments(features).items():
             std = self._std(token)
-            _move(self._mean(token), moments.mean.float(), momentum)
+            _move(self._mean(token), moments.known_mean(), momentum)
             _move(std, moments.std(fallback=std - EPS) + EPS, momentum)
         self.updates += 1
 
@@ -113,7 +113,7 @@ class BatchStandardizer(FeatureNormalizer):
         for token, moments in self._moments(features).items():
             std, mean = self._std(token), self._mean(token)
             momentum = std.new_full((), self.momentum)
-            _move(mean, moments.mean.float(), momentum)
+            _move(mean, moments.known_mean(), momentum)
             _move(std, moments.std(fallback=std), momentum)
 
 

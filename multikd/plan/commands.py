@@ -13,7 +13,7 @@ from multikd.data.module import ShardDataModule
 from multikd.errors import unknown_name
 from multikd.fit import build_cli, without_known_noise
 from multikd.modules.distillation import DistillationModule
-from multikd.plan.counts import StepCounts, count_step
+from multikd.plan.counts import StepCounts, combined, count_step
 from multikd.plan.model import ASSUMED, HARDWARE, gradient_seconds, memory_bytes, step_seconds
 
 IMAGENET = 1_281_167
@@ -49,10 +49,11 @@ def run_plan(
         module, data = cli.model, cli.datamodule
         if not isinstance(module, DistillationModule) or not isinstance(data, ShardDataModule):
             raise ValueError("plan counts a DistillationModule with a ShardDataModule")
-        side = data.train_views[0].size
-        views = len(module.student_views(len(data.train_views)))
-        counts = count_step(module, (side, side), views)
+        groups = [None] if module.partition is None else module.partition.groups
+        of_groups = [count_views(module, data, group) for group in groups]
+        counts = max(of_groups, key=lambda c: c.total)  # the others wait for its ranks
     epochs = cli.trainer.max_epochs
+    held = max(sum(memory_bytes(of, data.batch_size).values()) for of in of_groups)
     figures = {
         "batch_size": data.batch_size,
         "images": images,
@@ -62,13 +63,40 @@ def run_plan(
         "memory_bytes": memory_bytes(counts, data.batch_size),
         "share": _shares(counts),
         "predictions": [
-            _prediction(counts, data.batch_size, gpu, devices, images, epochs)
+            _prediction(counts, data.batch_size, gpu, devices, images, epochs, held)
             for gpu in gpus
             for devices in DEVICES
         ],
         "assumed": asdict(ASSUMED),
     }
+    if module.partition is not None:
+        figures["partition"] = [
+            {
+                "teachers": list(of.teachers),
+                "flop_per_image": of.total,
+                "memory_bytes": memory_bytes(of, data.batch_size),
+            }
+            for of in of_groups
+        ]
     return _text(figures, counts), figures
+
+
+def count_views(
+    module: DistillationModule, data: ShardDataModule, names: Sequence[str] | None
+) -> StepCounts:
+    """An image's step over the run's views, with the teachers of a rank; None: all of them."""
+    chosen, policies = module.student_views(len(data.train_views)), data.train_views
+    sizes = [policies[view].size for view in chosen]
+    if len(set(sizes)) == 1 and not data.schedule.settings():
+        side = policies[0].size
+        return count_step(module, (side, side), len(chosen), names)
+    shares = data.schedule.shares or (1.0,) * len(chosen)
+    often = [1.0] * len(chosen)
+    if data.schedule.mode == "alternate":
+        often = [share / sum(shares) for share in shares]
+    shown = [data.schedule.shown(view, data.batch_size) / data.batch_size for view in chosen]
+    counted = {side: count_step(module, (side, side), 1, names) for side in set(sizes)}
+    return combined(list(zip([counted[side] for side in sizes], often, shown, strict=True)))
 
 
 def _shares(counts: StepCounts) -> dict[str, float]:
@@ -83,7 +111,13 @@ def _shares(counts: StepCounts) -> dict[str, float]:
 
 
 def _prediction(
-    counts: StepCounts, batch: int, gpu: str, devices: int, images: int, epochs: int | None
+    counts: StepCounts,
+    batch: int,
+    gpu: str,
+    devices: int,
+    images: int,
+    epochs: int | None,
+    held: float,
 ) -> dict[str, Any]:
     hardware = HARDWARE[gpu]
     parts = step_seconds(counts, batch, hardware.peak, hardware.bandwidth, ASSUMED)
@@ -99,7 +133,7 @@ def _prediction(
         "images_per_second": rate,
         "images_per_second_per_gpu": rate / devices,
         "days": None if not epochs or epochs < 0 else epochs * images / rate / 86_400,
-        "fits": sum(memory_bytes(counts, batch).values()) < 0.9 * hardware.memory,
+        "fits": held < 0.9 * hardware.memory,
     }
 
 
@@ -119,6 +153,15 @@ def _text(figures: dict[str, Any], counts: StepCounts) -> str:
     memory = figures["memory_bytes"]
     lines.append(f"memory of a rank under bf16-mixed and DDP: {sum(memory.values()) / 1e9:.1f} GB")
     lines += [f"  {name:28} {value / 1e9:6.2f} GB" for name, value in memory.items() if value]
+    for number, group in enumerate(figures.get("partition", [])):
+        held = group["memory_bytes"]
+        lines.append(
+            f"ranks {number} mod {len(figures['partition'])}: {', '.join(group['teachers'])}: "
+            f"{sum(held.values()) / 1e9:.1f} GB, teachers {held['teachers'] / 1e9:.2f} GB of it, "
+            f"{group['flop_per_image'] / 1e9:.1f} GFLOP an image"
+        )
+    if "partition" in figures:
+        lines.append("  (above and below: the ranks with most to compute; the others wait)")
     epochs = figures["epochs"]
     lines.append(
         "PREDICTION, not measured: public peak figures, 45 % of them in the teachers and 35 % in "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,19 @@ class StepCounts:
         return self.training + sum(self.teachers.values())
 
 
-def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCounts:
+def count_step(
+    module: DistillationModule,
+    size: Grid,
+    views: int = 1,
+    names: Sequence[str] | None = None,
+) -> StepCounts:
     """Count a step of a module whose tensors are on the meta device.
 
     Args:
         module: as ``multikd.backbones.skeleton`` and ``torch.device("meta")`` built it.
         size: (H, W) of the training views.
         views: how many of them the student learns from.
+        names: the teachers of a rank; None: all.
 
     Raises:
         ValueError: a teacher or the student does not run on the meta device.
@@ -68,9 +74,10 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
     images = torch.empty((2, 3, *size), device="meta")
     module.to("meta")  # a few constants are made on the CPU whatever the default device
     patch = module.student.spec.patch_size
+    names = module.teacher_names if names is None else names
     teachers: dict[str, float] = {}
     targets: dict[str, TokenFeatures] = {}
-    for name in module.teacher_names:
+    for name in names:
         teacher = module.teacher(name)
         try:
             teachers[name] = views * _flop(lambda t=teacher: t(images, patch)) / 2  # type: ignore[misc]
@@ -99,7 +106,7 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
         grids = {
             name: module._grid(student_grids, features.grid) for name, features in targets.items()
         }
-        predictions = module.ladder(output.rungs, grids)
+        predictions = module.ladder(output.rungs, grids, names)
     leaves = [p for p in module.student.parameters() if p.requires_grad]
     leaves += list(module.ladder.parameters())
     outputs = [t for p in predictions.values() for t in (p.summary, p.patches) if t is not None]
@@ -112,7 +119,7 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
     alive.clear()
     heads = {
         name: views * _flop(lambda n=name: module.ladder(output.rungs, grids, [n])) / 2  # type: ignore[misc]
-        for name in module.teacher_names
+        for name in names
     }
     return StepCounts(
         teachers=teachers,
@@ -126,11 +133,35 @@ def count_step(module: DistillationModule, size: Grid, views: int = 1) -> StepCo
         ),
         student_parameters=_parameters(module.student),
         ladder_parameters=_parameters(module.ladder),
-        teacher_parameters={n: module.teacher(n).num_parameters for n in module.teacher_names},
+        teacher_parameters={n: module.teacher(n).num_parameters for n in names},
         kept=held / 2,  # of one view: the steps of several follow one another
         targets=sum(_bytes([f.summary, f.patches]) for f in targets.values()) / 2,
         averaged=0 if module.average is None else _parameters(module.average),
         views=views,
+    )
+
+
+def combined(parts: Sequence[tuple[StepCounts, float, float]]) -> StepCounts:
+    """Views of several sizes as one.
+
+    Args:
+        parts: for each view its counts, how often it comes in a step, and which share of the
+            batch's images it shows.
+    """
+    first = parts[0][0]
+
+    def total(values: Callable[[StepCounts], float]) -> float:
+        return sum(values(counts) * often * share for counts, often, share in parts)
+
+    return replace(
+        first,
+        teachers={n: total(lambda c, n=n: c.teachers[n]) for n in first.teachers},  # type: ignore[misc]
+        heads={n: total(lambda c, n=n: c.heads[n]) for n in first.heads},  # type: ignore[misc]
+        student=total(lambda c: c.student),
+        backward=total(lambda c: c.backward),
+        kept=max(counts.kept * share for counts, _, share in parts),
+        targets=max(counts.targets * share for counts, _, share in parts),
+        views=len(parts),
     )
 
 

@@ -291,6 +291,10 @@ class Teacher(nn.Module):
             self._place(fn)
         return self
 
+    def stay(self) -> None:
+        """Do not follow the module to its device: here this teacher is not run."""
+        self._borrowed = True
+
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode, whatever ``mode`` is."""
         return self

@@ -111,7 +111,7 @@ class KeptTeacher(Teacher):
             (int(h), int(w)): None if grid is None else (int(grid[0]), int(grid[1]))
             for h, w, grid in facts["grids"]
         }
-        self._make = functools.partial(Teacher, **settings)
+        self._make: Callable[[], Teacher] = functools.partial(Teacher, **settings)
         self._device = torch.device("cpu")
         self._borrowed = False
         self._digest = None
@@ -135,17 +135,20 @@ class KeptTeacher(Teacher):
         """
         if not self.loaded:
             real = self._make()
-            if real.fingerprint() != self._fingerprint:
-                raise ValueError(
-                    f"the weights of {self._spec.name} are not those whose features were kept "
-                    f"(their fingerprint is {real.fingerprint()[:12]}… and was "
-                    f"{self._fingerprint[:12]}…): remove the cache, or give the former weights"
-                )
+            self._check(real)
             real._apply(lambda tensor: tensor.to(self._device))
             self.__dict__["_encoder"] = real.encoder
             self.channels_last, self._digest = real.channels_last, real._digest
         found: nn.Module = self.__dict__["_encoder"]
         return found
+
+    def _check(self, real: Teacher) -> None:
+        if real.fingerprint() != self._fingerprint:
+            raise ValueError(
+                f"the weights of {self._spec.name} are not those whose features were kept "
+                f"(their fingerprint is {real.fingerprint()[:12]}… and was "
+                f"{self._fingerprint[:12]}…): remove the cache, or give the former weights"
+            )
 
     @property
     def spec(self) -> EncoderSpec:
