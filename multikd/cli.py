@@ -99,6 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_evaluate(commands)
     _add_ablate(commands)
+    _add_stages(commands)
+    _add_sizes(commands)
+    _add_pseudolabel(commands)
     _add_export(commands)
     _add_import(commands)
     _add_plan(commands)
@@ -465,6 +468,85 @@ def _add_ablate(commands: Any) -> None:
     _json_argument(parser)
 
 
+def _add_stages(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "stages",
+        _stages,
+        "run a chain of trainings, each of which builds on what earlier ones exported",
+        "examples:\n"
+        "  multikd stages born_again --out chain/ --dry-run\n"
+        "  multikd stages born_again --out chain/\n"
+        "  multikd stages mine.yaml --out chain/ --set data.train=shards/ --set first:seed=1\n"
+        "\n`multikd configs chains/born_again` prints a chain to start from. Each stage is an\n"
+        "ordinary `multikd fit` in DIR/STAGE, then an export to DIR/STAGE/export, which later\n"
+        "stages name as {stage:STAGE}. The same command goes on where it was stopped.\n",
+    )
+    parser.add_argument("chain", metavar="CHAIN", help="YAML file, or the name of a shipped chain")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[STAGE:]KEY=VALUE",
+        help="a setting of every stage, or of one (trainer.max_epochs=2); may be repeated",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build every stage from shapes alone, do nothing"
+    )
+    _json_argument(parser)
+
+
+def _add_sizes(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sizes",
+        _sizes,
+        "find the smallest student that is as good as larger ones, within a budget of this device",
+        "examples:\n"
+        "  multikd sizes resnets --out sizes/ --dry-run      measure, train nothing\n"
+        "  multikd sizes resnets --out sizes/\n"
+        "\n`multikd configs sizes/resnets` prints a search to start from. Latency and memory of\n"
+        "every size are measured here first; those within the budget are trained from the\n"
+        "smallest up, until the score levels off. The same command goes on where it stopped.\n",
+    )
+    parser.add_argument("search", metavar="SEARCH", help="YAML file, or a shipped search's name")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of every run (trainer.max_epochs=2); may be repeated",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure costs alone")
+    _json_argument(parser)
+
+
+def _add_pseudolabel(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "pseudolabel",
+        _pseudolabel,
+        "label shards with the teachers of a config, and write what they are sure of as new shards",
+        "examples:\n"
+        "  multikd pseudolabel --config mine --data unlabelled/ --out labelled/ --threshold 0.9\n"
+        "  multikd fit --config mine --data.train='{few: {urls: few/}, many: {urls: labelled/}}'\n"
+        "\nThe teachers need classifiers (`multikd teachers fit-head`). Every sample of the new\n"
+        "shards has soft labels, the mean of the teachers' probabilities; true labels of the\n"
+        "images are used for the report alone. Run again after an interruption: finished shards\n"
+        "are kept.\n",
+    )
+    parser.add_argument("--data", nargs="+", required=True, metavar="SHARDS", help="the images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the new shards")
+    parser.add_argument(
+        "--threshold", type=float, default=0.9, help="least confidence (default: 0.9)"
+    )
+    parser.add_argument("--teachers", default="", metavar="A,B", help="only these (default: all)")
+    _json_argument(parser)
+    parser.set_defaults(passes_settings_on=True)
+
+
 class _ListFormats(argparse.Action):
     """Like ``--version``: it needs no other argument."""
 
@@ -827,6 +909,35 @@ def _ablate(arguments: argparse.Namespace) -> int:
     return _finish(text, figures, arguments.json)
 
 
+def _stages(arguments: argparse.Namespace) -> int:
+    from multikd.stages.commands import StagesSettings, run_stages
+
+    take_over_lightning()
+    settings = StagesSettings(arguments.out, tuple(arguments.set), arguments.dry_run)
+    text, figures = run_stages(arguments.chain, settings)
+    return _finish(text, figures, arguments.json)
+
+
+def _sizes(arguments: argparse.Namespace) -> int:
+    from multikd.sizes.commands import SizesSettings, run_sizes
+
+    take_over_lightning()
+    settings = SizesSettings(arguments.out, tuple(arguments.set), arguments.dry_run)
+    text, figures = run_sizes(arguments.search, settings)
+    return _finish(text, figures, arguments.json)
+
+
+def _pseudolabel(arguments: argparse.Namespace) -> int:
+    from multikd.pseudolabels.commands import PseudolabelSettings, run_pseudolabel
+
+    _needs_run(arguments, "pseudolabel", "asked")
+    take_over_lightning()
+    names = tuple(_names(arguments.teachers))
+    asked = PseudolabelSettings(arguments.data, arguments.out, arguments.threshold, names)
+    text, figures = run_pseudolabel(arguments.settings, asked)
+    return _finish(text, figures, arguments.json)
+
+
 def _teachers_stats(arguments: argparse.Namespace) -> int:
     from multikd.teacher_statistics import run_stats
 
@@ -890,8 +1001,10 @@ def _import(arguments: argparse.Namespace) -> int:
 def _configs(arguments: argparse.Namespace) -> int:
     from multikd.shipped import (
         find_config,
+        shipped_chains,
         shipped_configs,
         shipped_fragments,
+        shipped_searches,
         shipped_studies,
         shipped_tasks,
     )
@@ -901,6 +1014,8 @@ def _configs(arguments: argparse.Namespace) -> int:
         stem = arguments.name.removesuffix(".yaml")
         others = fragments | {f"tasks/{name}": path for name, path in shipped_tasks().items()}
         others |= {f"studies/{name}": path for name, path in shipped_studies().items()}
+        others |= {f"chains/{name}": path for name, path in shipped_chains().items()}
+        others |= {f"sizes/{name}": path for name, path in shipped_searches().items()}
         path = others[stem] if stem in others else find_config(arguments.name)
         print(path.read_text(encoding="utf-8"), end="")
         return 0
@@ -912,6 +1027,12 @@ def _configs(arguments: argparse.Namespace) -> int:
         print(f"  {name:<28} {_first_line(path)}")
     print("\nstudies, for `multikd ablate NAME` (`multikd configs studies/NAME`):")
     for name, path in shipped_studies().items():
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\nchains, for `multikd stages NAME` (`multikd configs chains/NAME`):")
+    for name, path in shipped_chains().items():
+        print(f"  {name:<28} {_first_line(path)}")
+    print("\nsearches, for `multikd sizes NAME` (`multikd configs sizes/NAME`):")
+    for name, path in shipped_searches().items():
         print(f"  {name:<28} {_first_line(path)}")
     print("\nfragments, for `--model.teachers.NAME=FRAGMENT` and `--model.student=FRAGMENT`:")
     for name, path in fragments.items():

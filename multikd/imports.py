@@ -49,6 +49,11 @@ def allowing(packages: Iterable[str]) -> Iterator[None]:
         _allowed.reset(token)
 
 
+def allowed_by_user() -> frozenset[str]:
+    """Packages of ``--allow_code`` alone, to be handed to a process that is started."""
+    return _allowed.get()
+
+
 def allowed() -> frozenset[str]:
     """Packages that a file may name: the known ones, those allowed, and what is imported already,
     of which nothing runs by being named."""

@@ -12,6 +12,10 @@ FRAGMENT_FOLDERS = ("teachers", "students")
 TASK_FOLDER = "tasks"
 # What `multikd ablate` takes.
 STUDY_FOLDER = "studies"
+# What `multikd stages` takes.
+CHAIN_FOLDER = "chains"
+# What `multikd sizes` takes.
+SEARCH_FOLDER = "sizes"
 
 
 def config_root() -> Path:
@@ -22,19 +26,32 @@ def config_root() -> Path:
 
 def shipped_configs() -> dict[str, Path]:
     """Name → path of every shipped training config (``classics/rkd`` for one in a folder)."""
-    others = (*FRAGMENT_FOLDERS, TASK_FOLDER, STUDY_FOLDER)
+    others = (*FRAGMENT_FOLDERS, TASK_FOLDER, STUDY_FOLDER, CHAIN_FOLDER, SEARCH_FOLDER)
     return {n: p for n, p in _all_files().items() if n.split("/")[0] not in others}
 
 
 def shipped_tasks() -> dict[str, Path]:
     """Name → path of every shipped task file: ``demo`` for ``tasks/demo.yaml``."""
-    found = {n: p for n, p in _all_files().items() if n.split("/")[0] == TASK_FOLDER}
-    return {n.partition("/")[2]: path for n, path in found.items()}
+    return _shipped_in(TASK_FOLDER)
 
 
 def shipped_studies() -> dict[str, Path]:
     """Name → path of every shipped study: ``fashion_mnist`` for ``studies/fashion_mnist.yaml``."""
-    found = {n: p for n, p in _all_files().items() if n.split("/")[0] == STUDY_FOLDER}
+    return _shipped_in(STUDY_FOLDER)
+
+
+def shipped_chains() -> dict[str, Path]:
+    """Name → path of every shipped chain of stages: ``born_again``."""
+    return _shipped_in(CHAIN_FOLDER)
+
+
+def shipped_searches() -> dict[str, Path]:
+    """Name → path of every shipped search of student sizes."""
+    return _shipped_in(SEARCH_FOLDER)
+
+
+def _shipped_in(folder: str) -> dict[str, Path]:
+    found = {n: p for n, p in _all_files().items() if n.split("/")[0] == folder}
     return {n.partition("/")[2]: path for n, path in found.items()}
 
 
@@ -85,6 +102,24 @@ def find_study(name: str) -> Path:
         ValueError: neither a file nor a shipped name; the nearest names are offered.
     """
     return _find_in(STUDY_FOLDER, "study", name, shipped_studies())
+
+
+def find_chain(name: str) -> Path:
+    """The file that ``multikd stages NAME`` means: an existing path, or else a shipped chain.
+
+    Raises:
+        ValueError: neither a file nor a shipped name; the nearest names are offered.
+    """
+    return _find_in(CHAIN_FOLDER, "chain", name, shipped_chains())
+
+
+def find_search(name: str) -> Path:
+    """The file that ``multikd sizes NAME`` means: an existing path, or else a shipped search.
+
+    Raises:
+        ValueError: neither a file nor a shipped name; the nearest names are offered.
+    """
+    return _find_in(SEARCH_FOLDER, "search", name, shipped_searches())
 
 
 def _find_in(folder: str, what: str, name: str, shipped: dict[str, Path]) -> Path:

@@ -37,8 +37,10 @@ from multikd.optim import WarmupCosine
 from multikd.projectors import MLPProjectors
 from multikd.shipped import (
     config_root,
+    shipped_chains,
     shipped_configs,
     shipped_fragments,
+    shipped_searches,
     shipped_studies,
     shipped_tasks,
 )
@@ -124,6 +126,8 @@ def test_every_file_is_shipped_and_says_what_it_is() -> None:
     known = {f"{name}.yaml" for name in {**shipped_configs(), **shipped_fragments()}}
     known |= {f"tasks/{name}.yaml" for name in shipped_tasks()}
     known |= {f"studies/{name}.yaml" for name in shipped_studies()}
+    known |= {f"chains/{name}.yaml" for name in shipped_chains()}
+    known |= {f"sizes/{name}.yaml" for name in shipped_searches()}
     assert files == known
     for name in known:
         first, second, *_ = (config_root() / name).read_text(encoding="utf-8").splitlines()

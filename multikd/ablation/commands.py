@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from multikd.ablation.estimate import estimate
 from multikd.ablation.execute import Processes, Slurm, parse_slurm
 from multikd.ablation.leaderboard import build_leaderboard
-from multikd.ablation.overrides import get
 from multikd.ablation.plan import Planner, Run
 from multikd.ablation.present import terminal, write_all
 from multikd.ablation.stages import planned_runs, stages
@@ -24,6 +22,8 @@ from multikd.ablation.state import StudyFolder
 from multikd.ablation.study import read_study
 from multikd.ablation.worker import write_job
 from multikd.files import file_lock
+from multikd.runs.folder import check_place
+from multikd.runs.overrides import get
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +68,7 @@ def run_ablate(name: str, settings: AblateSettings) -> tuple[str, dict[str, Any]
         found = estimate(planner, count)
         return found.text(planner), found.figures()
     confirm(count, study.limits.runs, settings.yes)
-    place = out
-    while not place.exists():
-        place = place.absolute().parent
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"--out {out} can't be written to: name another folder")
+    check_place(out)
     out.mkdir(parents=True, exist_ok=True)
     execute = (
         Slurm(folder, parse_slurm(settings.slurm), settings.cluster)

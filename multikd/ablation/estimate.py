@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from multikd.ablation.overrides import get
 from multikd.ablation.plan import Planner, Run
 from multikd.ablation.stages import planned_runs
 from multikd.fit import build_cli, parse_config, without_known_noise
 from multikd.modules.distillation import DistillationModule, to_float
+from multikd.runs.overrides import get
 
 _STEPS = 3
 

@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from multikd.ablation.overrides import get, put
 from multikd.ablation.study import Study
 from multikd.ablation.subsets import Subset, subsets_of
 from multikd.config_files import load_config
 from multikd.errors import unknown_name
+from multikd.runs.overrides import get, put
+from multikd.runs.trainer import own_folder
 
 Kind = Literal["cache", "teachers", "run"]
 # Callbacks of the base that a run of a study has of its own, or needs not.
-_OWN_CALLBACKS = ("ModelCheckpoint", "PrecomputeFeatures", "GradientShare")
-CHECKPOINTS, LAST, CONFIG = "checkpoints", "last.ckpt", "config.yaml"
+_OWN_CALLBACKS = ("PrecomputeFeatures", "GradientShare")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
@@ -187,50 +187,12 @@ class Planner:
         cached = self.study.cache is not None
         put(config, "data.cache", str(self.cache) if cached else None)
         put(config, "data.cache_storage", None if not cached else asdict(self.study.cache))  # type: ignore[arg-type]
-        self._trainer(config, self.folder(run))
-        return config
-
-    def _trainer(self, config: dict[str, Any], folder: Path) -> None:
-        trainer = config.setdefault("trainer", {})
-        given = trainer.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        callbacks = [c for c in given if _class_of(c) not in _OWN_CALLBACKS]
-        callbacks.append(
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {
-                    "dirpath": str(folder / CHECKPOINTS),
-                    "filename": LAST.removesuffix(".ckpt"),
-                    "save_on_train_epoch_end": True,
-                    "enable_version_counter": False,
-                },
-            }
-        )
+        own: list[Any] = []
         if self.study.diagnose:
-            callbacks.append(
-                {
-                    "class_path": "multikd.callbacks.GradientShare",
-                    "init_args": {"every_n_steps": self.study.diagnose},
-                }
-            )
-        logger = {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            # A version each time it goes on: Lightning empties a folder of logs that it finds.
-            "init_args": {"save_dir": str(folder), "name": "logs"},
-        }
-        trainer |= {
-            "callbacks": callbacks,
-            "logger": [logger],
-            "default_root_dir": str(folder),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-        }
-
-
-def _class_of(callback: Any) -> str:
-    path = callback.get("class_path", "") if isinstance(callback, dict) else callback
-    return str(path).rpartition(".")[2]
+            settings = {"every_n_steps": self.study.diagnose}
+            own = [{"class_path": "multikd.callbacks.GradientShare", "init_args": settings}]
+        own_folder(config, self.folder(run), own=own, without=_OWN_CALLBACKS)
+        return config
 
 
 def check_levels(study: Study, known: Sequence[str]) -> None:

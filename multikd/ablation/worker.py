@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,12 @@ from multikd.ablation.plan import Run
 from multikd.ablation.state import StudyFolder
 from multikd.files import write_text_atomically
 from multikd.redaction import redact
+from multikd.runs.process import stop_with_parent
 from multikd.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
-_WATCH_SECONDS = 1.0
 
 
 def write_job(out: Path, tasks: str, data: Sequence[str], hours: float | None) -> None:
@@ -75,18 +74,6 @@ def attempt(study: StudyFolder, run: Run, tasks: str, data: tuple[str, ...]) -> 
     study.write_result(run, result)
     study.mark(run, False)
     return True
-
-
-def stop_with_parent() -> None:
-    """End this process as soon as the one that started it has gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(argv: Sequence[str]) -> int:

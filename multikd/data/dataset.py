@@ -27,6 +27,7 @@ from multikd.data.order import EpochOrder
 from multikd.data.remote import is_remote
 from multikd.data.sampler import FILLER, Place
 from multikd.data.schedule import ViewSchedule
+from multikd.data.soft_labels import SOFT, Soft, decode_soft, stack_soft
 from multikd.data.sources import ShardSource
 from multikd.data.views import DrawKey, Parameters, ViewPolicy, recorded_number
 from multikd.types import Batch, Fault
@@ -54,6 +55,7 @@ class Sample(NamedTuple):
     pixels: Pixels  # uint8 (H, W, 3), RGB
     label: int  # −1 for none
     key: str
+    soft: Soft | None = None  # (K,) probabilities
 
     @property
     def image(self) -> Image.Image:
@@ -187,20 +189,25 @@ class SampleReader:
 
 
 def decode_members(members: dict[str, bytes], key: str, max_pixels: int) -> Sample:
-    """Image and label of a sample's members.
+    """Image and labels of a sample's members.
 
     Raises:
         SampleFault: there is no image, or image or label cannot be read.
     """
     pixels = decode_pixels(find_image(members), max_pixels)
-    return Sample(pixels, decode_label(members), key)
+    label, soft = decode_label(members), decode_soft(members)
+    if soft is not None and label < 0:
+        label = int(soft.argmax())
+    return Sample(pixels, label, key, soft)
 
 
 def _wanted(source: ShardSource, shard: int) -> list[str]:
     """Extensions of the image and of the label; large other members are not read."""
     extensions = source.indexes[shard].extensions
     return [
-        e for e in extensions if e.rpartition(".")[2] in IMAGE_EXTENSIONS or e in ("cls", "json")
+        e
+        for e in extensions
+        if e.rpartition(".")[2] in IMAGE_EXTENSIONS or e in ("cls", "json", SOFT)
     ]
 
 
@@ -301,7 +308,7 @@ class ShardDataset(Dataset[Batch]):
         every = [self.policies, *self.own.values()]
         size = max(len(policies[n].names) for policies in every for n in numbers)
         parameters = np.zeros((len(positions), len(numbers), size), dtype=np.float32)
-        labels, keys, faults = [], [], []
+        labels, soft, keys, faults = [], [], [], []
         rows = zip(*(a.tolist() for a in (positions, dataset, sample, number)), strict=True)
         for row, (position, group, index, recorded) in enumerate(rows):
             policies = self.own.get(group, self.policies)
@@ -320,6 +327,7 @@ class ShardDataset(Dataset[Batch]):
                     raise
                 found, seen, fault = self._grey(group, index, [policy for _, policy in looks], lost)
             labels.append(found.label if position != FILLER else -1)
+            soft.append(found.soft)
             keys.append(found.key)
             if fault is not None and position != FILLER:
                 faults.append(fault)
@@ -334,6 +342,7 @@ class ShardDataset(Dataset[Batch]):
             dataset=torch.from_numpy(dataset),
             positions=torch.from_numpy(positions),
             samples=torch.from_numpy(sample),
+            soft_labels=stack_soft(soft, labels),
             view_parameters=torch.from_numpy(parameters),
             recorded=torch.from_numpy(number),
             cached=self._cached(dataset, sample, number) if numbers[0] == 0 else None,

@@ -31,6 +31,7 @@ from multikd.data.dataset import NO_STAND_IN, Sample, decode_members
 from multikd.data.decode import DEFAULT_MAX_PIXELS, SampleFault
 from multikd.data.remote import RemoteCache, is_remote, public_name
 from multikd.data.sampler import FILLER
+from multikd.data.soft_labels import stack_soft
 from multikd.data.sources import expand_urls
 from multikd.data.tar import stream_members
 from multikd.data.views import DrawKey, ViewPolicy
@@ -283,6 +284,7 @@ class SequentialShards(IterableDataset[Batch]):
         return Batch(
             views=[torch.stack(images) for images in views],
             labels=torch.tensor([sample.label for sample in rows], dtype=torch.int64),
+            soft_labels=stack_soft([s.soft for s in rows], [s.label for s in rows]),
             keys=[sample.key for sample in rows],
             dataset=torch.zeros(count, dtype=torch.int64),
             positions=torch.arange(first, first + count),

@@ -19,7 +19,6 @@ from ablation.conftest import WORTH, Place, made_up
 from multikd.ablation import commands, work
 from multikd.ablation.commands import AblateSettings, confirm, run_ablate
 from multikd.ablation.execute import Processes
-from multikd.ablation.overrides import get, put
 from multikd.ablation.plan import Combination, Planner, Run
 from multikd.ablation.present import as_csv, as_latex, as_markdown, terminal
 from multikd.ablation.stages import planned_runs
@@ -31,6 +30,7 @@ from multikd.cli import main
 from multikd.fit import parse_config
 from multikd.modules.distillation import DistillationModule
 from multikd.retention.taskfile import read_task_file
+from multikd.runs.overrides import get, put
 from multikd.shipped import shipped_studies
 
 

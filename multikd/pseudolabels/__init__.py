@@ -1,0 +1,1 @@
+"""Labels from an ensemble of teachers, written into shards."""

@@ -1,0 +1,1 @@
+"""Runs that a command makes of configs: settings put into them, their folders, their scores."""

@@ -1,0 +1,108 @@
+"""A ``multikd fit`` in a process of its own: ``python -m multikd.runs.process FOLDER``.
+
+Its memory is free when it ends, what it does to signals and seeds is its own, and ranks that
+Lightning starts run this module again, not the command that asked for several runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from multikd.files import file_lock
+from multikd.redaction import redact
+from multikd.runs.folder import CONFIG
+
+LOG = "fit.log"
+_WATCH_SECONDS = 1.0
+_PATIENCE_SECONDS = 60
+
+
+def fit_in_process(folder: Path, packages: Sequence[str] = ()) -> None:
+    """Train what ``FOLDER/config.yaml`` says, or go on with it; output goes to ``fit.log``.
+
+    Args:
+        folder: of the run.
+        packages: whose classes the config may name (``--allow_code``).
+
+    Raises:
+        ValueError: it failed; its last words are in the sentence.
+        KeyboardInterrupt: it was interrupted, here or there.
+    """
+    path = folder / LOG
+    command = [sys.executable, "-m", "multikd.runs.process", str(folder), *packages]
+    with path.open("ab") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        code = child.wait()
+    except BaseException:
+        # Ctrl-C reached it, too; a second would cut short the saving that it does now.
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT)
+        try:
+            child.wait(timeout=_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code != 0:
+        raise ValueError(f"{_last_words(path)} (code {code}; all of it is in {path})")
+
+
+def _last_words(path: Path) -> str:
+    """The sentence with which the command ended, or its last line."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in deque(file, maxlen=50) if line.strip()]
+    own = [line.removeprefix("multikd: ") for line in lines if line.startswith("multikd: ")]
+    found = own or lines
+    return found[-1][:400] if found else "the process said nothing"
+
+
+def stop_with_parent() -> None:
+    """End this process as soon as the one that started it has gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: Sequence[str]) -> int:
+    """``FOLDER [PACKAGE …]``."""
+    from multikd.console import messages_on_stderr, take_over_lightning
+    from multikd.fit import run_lightning
+    from multikd.imports import allowing
+
+    stop_with_parent()
+    folder = Path(argv[0])
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # classes of one's own, as for the command
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with messages_on_stderr(), allowing(argv[1:]):
+        take_over_lightning()
+        try:
+            # A predecessor whose parent was killed takes a moment to notice.
+            with file_lock(folder / (f"fit{'' if first else os.environ['LOCAL_RANK']}.lock")):
+                run_lightning(["fit", f"--config={folder / CONFIG}", "--resume", "auto"])
+        except KeyboardInterrupt:
+            return 130
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            sys.stderr.write(f"multikd: {kind}{redact(' '.join(str(error).split()))}\n")
+            return int(getattr(error, "exit_code", 1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

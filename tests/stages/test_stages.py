@@ -1,0 +1,181 @@
+"""Chains: run, killed, gone on with, refused before anything trains."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from ablation.conftest import Place
+from safetensors.torch import load_file
+from stages.conftest import teacher, write_chain
+
+from multikd.cli import main
+from multikd.config_files import load_config
+from multikd.runs.folder import CONFIG
+from multikd.runs.process import fit_in_process
+from multikd.runs.trainer import own_folder
+from multikd.shipped import shipped_chains
+from multikd.stages import run
+from multikd.stages.chain import read_chain
+from multikd.stages.check import check_chain
+from multikd.stages.commands import StagesSettings, run_stages, split_changes
+
+
+def settings(out: Path, **change: Any) -> StagesSettings:
+    return StagesSettings(out, progress=False, **change)
+
+
+@pytest.mark.slow
+def test_a_chain_trains_every_stage_on_what_the_earlier_ones_exported_however_often_it_is_stopped(
+    place: Place, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = str(place.root / "tasks.yaml")
+    chain, out = write_chain(place, tmp_path / "chain.yaml", tasks=tasks), tmp_path / "whole"
+    text, figures = run_stages(chain, settings(out))
+    assert here == ["first", "larger"] == [entry["stage"] for entry in figures["stages"]]
+    assert all(set(entry["scores"]) == {"knn", "map"} for entry in figures["stages"])
+    assert "knn" in text
+    # The exports are plain timm models; the last one began with the first's weights, resampled.
+    assert timm.create_model(f"local-dir:{out / 'larger' / 'export'}", pretrained=True)
+    config = yaml.safe_load((out / "larger" / "config.yaml").read_text())
+    student = config["model"]["init_args"]["student"]["init_args"]
+    assert student["checkpoint"] == str(out / "first" / "export")
+    before = load_file(out / "first" / "export" / "model.safetensors")
+    after = load_file(out / "larger" / "export" / "model.safetensors")
+    assert after["pos_embed"].shape[1] > before["pos_embed"].shape[1]
+    # A few small steps away, not a new random start.
+    weight = "blocks.0.attn.qkv.weight"
+    assert (after[weight] - before[weight]).abs().max() < 0.02 < before[weight].std() * 2
+    # Again: nothing is trained. With another setting: it says which.
+    here.clear()
+    assert run_stages(chain, settings(out))[1] == figures
+    assert here == []
+    (out / "larger" / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"stage 'larger' has trainer.max_epochs = 2, and here"):
+        run_stages(chain, settings(out, changes=("trainer.max_epochs=3",)))
+
+    # Killed while the first trains, and stopped between the last one's training and export.
+    chain, out = write_chain(place, tmp_path / "chain.yaml"), tmp_path / "stopped"
+    last = out / "first" / "checkpoints" / "last.ckpt"
+    child = multiprocessing.get_context("fork").Process(
+        target=run_stages, args=(chain, settings(out))
+    )
+    child.start()
+    while child.is_alive() and not last.exists():
+        time.sleep(0.01)
+    os.kill(child.pid or 0, signal.SIGKILL)
+    child.join()
+    assert last.exists()
+    assert not (out / "first" / "result.json").exists()
+    export = run.run_export
+
+    def stop(checkpoint: Path, *rest: Any) -> Any:
+        if checkpoint.parts[-3] == "larger":
+            raise KeyboardInterrupt
+        return export(checkpoint, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(chain, settings(out))
+    assert (out / "first" / "result.json").exists()
+    here.clear()
+    _, figures = run_stages(chain, settings(out))
+    assert here == ["larger"]
+    assert all(entry["done"] for entry in figures["stages"])
+    for stage in ("first", "larger"):
+        one, other = (load_file(tmp_path / r / stage / "export" / "model.safetensors")
+                      for r in ("whole", "stopped"))  # fmt: skip
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), stage
+
+
+def test_a_fit_that_fails_in_its_process_is_told_with_its_own_words(
+    place: Place, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"no checkpoint")
+    config = load_config(str(place.root / "base.yaml"))
+    own_folder(config, tmp_path)
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(config))
+    with pytest.raises(
+        ValueError, match=r"^none of the 1 checkpoints of this run is whole.*fit.log"
+    ):
+        fit_in_process(tmp_path)
+    assert "Traceback" not in (tmp_path / "fit.log").read_text()
+
+
+# --- refused before anything trains -----------------------------------------------------------
+
+
+STAGES: list[tuple[dict[str, Any], str]] = [
+    ({"a": {"settings": {"model.student.checkpoint": "{stage:b}"}},
+      "b": {"settings": {"model.teachers": teacher("a")}}}, r"in a circle: a → b → a|b → a → b"),
+    ({"a": {"settings": {"model.teachers": teacher("asistant")}}, "assistant": None},
+     r"unknown stage 'asistant': did you mean 'assistant'\?"),
+    ({"a": None, "b": {"settings": {"model.student.checkpoint": "{stage:a:weights}"}}},
+     r"unknown kind 'weights'"),
+    ({"a": None, "b": {"settings": {"model.student.checkpoint": "{stage:a}",
+                                    "model.student.model_args": {"embed_dim": 32}}}},
+     r"'b'.*begins with that of the stage 'a', whose features are 64 wide and its own 32"),
+    ({"a": None, "b": {"settings": {"model.student.checkpoint": "{stage:a}",
+                                    "model.student.model_args": {"depth": 7}}}},
+     r"the stage 'a' does not fit VisionTransformer: it lacks 'blocks.6"),
+    ({"a": {"settings": {"model.teachers.vit.encoder": "exported:/nowhere"}}},
+     r"'a'.*model.teachers.vit.encoder names the export '/nowhere', which is not there"),
+    ({"a": {"export": {"classifier": True}}},
+     r"export.classifier is set, and its student has none"),
+    ({"a": {"settings": {"model.student.name.size": 1}}}, r"stage 'a'.*has no settings"),
+    ({"a": {"setting": {}}}, r"unknown setting 'setting': did you mean 'settings'\?"),
+    ({"a/b": None}, r"becomes the name of a folder"),
+    ({}, r"has no stages"),
+    ({"a": {"base": "no_such"}}, r"stage 'a'.*unknown config 'no_such'"),
+    ({"a": {"settings": {"data.train": "nowhere/"}}}, r"stage 'a'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stages, said", STAGES)
+def test_what_can_be_known_is_said_before_anything_trains(
+    place: Place, tmp_path: Path, here: list[str], stages: dict[str, Any], said: str
+) -> None:
+    chain = write_chain(place, tmp_path / "chain.yaml", stages=stages)
+    with pytest.raises(ValueError, match=said) as error:
+        run_stages(chain, settings(tmp_path / "out"))
+    assert "\n" not in str(error.value)
+    assert here == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = write_chain(place, tmp_path / "chain.yaml")
+    assert main(["stages", chain, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert re.search(r"larger .* first ", " ".join(capsys.readouterr().out.split()))
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "file"
+    file.touch()
+    for arguments, said in (
+        (["--out", str(file)], "is a file"),
+        (["--out", "x", "--set", "trainer"], "or STAGE:KEY="),
+        (["--out", "x", "--set", "firts:trainer.max_epochs=1"], "did you mean 'first'?"),
+    ):
+        assert main(["stages", chain, *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert split_changes(["a:b=[1]", "c=x"]) == {"a:b": [1], "c": "x"}
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_chains() if n.endswith("_tiny")])
+def test_shipped_chains_build(name: str, tmp_path: Path) -> None:
+    shapes = check_chain(read_chain(name), tmp_path / "out", data=False)
+    assert all(shape.parameters > 0 for shape in shapes.values())
+    json.dumps([shape.to_json() for shape in shapes.values()])
+    assert not (tmp_path / "out").exists()
