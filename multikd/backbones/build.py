@@ -108,17 +108,19 @@ def build_model(
     for key in own:
         if key in _OURS:
             raise ValueError(f"model_args names {key!r}: give it as {_OURS[key]}")
+    # Before the model is built: a large one takes longer than the sentence about its file.
+    tensors = None if checkpoint is None or is_skeleton() else read_state_dict(checkpoint)
     model = _create(
         name,
         pretrained and not is_skeleton(),
         {key: value for key, value in settings.items() if value is not None} | own,
         frozenset(own),
     )
-    if checkpoint is not None and not is_skeleton():
+    if tensors is not None:
         load_weights(
             model,
-            read_state_dict(checkpoint),
-            Path(checkpoint).name,
+            tensors,
+            Path(str(checkpoint)).name,
             adapt_classifier=num_classes is None,
         )
     return model

@@ -25,7 +25,7 @@ class Inert:
 
 
 # What training programs keep beside the weights: their arguments, and in these learning-rate
-# schedules (naver/unic and naver/dune: `main_*.py`) and paths. NumPy's own unpickling trusts the
+# schedules (naver/unic and naver/dune: `main_*.py`). NumPy's own unpickling trusts the
 # flags of a stored dtype, so that a made-up file could have it follow pointers: nothing of NumPy is
 # called, its arrays are dropped.
 _INERT = tuple(
@@ -36,8 +36,6 @@ _INERT = tuple(
         "numpy": ("ndarray", "dtype", "float64", "float32", "int64"),
         "numpy.dtypes": ("Float64DType", "Float32DType", "Int64DType"),
         "_codecs": ("encode",),
-        "pathlib": ("PosixPath", "PurePosixPath", "Path"),
-        "pathlib._local": ("PosixPath", "PurePosixPath", "Path"),
     }.items()
     for name in names
 )
@@ -51,7 +49,7 @@ _SAFE: tuple[Callable[..., Any] | tuple[Callable[..., Any], str], ...] = (
 def read_torch_file(path: Path) -> Any:
     """What a torch file holds: tensors, numbers, text, ``argparse.Namespace`` of these.
 
-    Arrays of NumPy and paths come as ``Inert``. Anything else that the file names is refused
+    Arrays of NumPy come as ``Inert``. Anything else that the file names is refused
     before it is looked up, so that no code of the file runs.
 
     Raises:
