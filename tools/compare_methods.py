@@ -369,8 +369,9 @@ def markdown(summary: dict[str, Any], known: dict[str, Any], minutes: float) -> 
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.append("")
     lines.append(
-        f"Accuracy in % of {known.get('held_out', 1000)} held-out images, mean ± deviation over seeds; {60 * minutes:g} s "
-        "of CPU time (one thread) for each run; Δ: to labels alone, paired by seed."
+        f"Accuracy in % of {known.get('held_out', 1000)} held-out images, mean ± deviation over "
+        f"seeds; {60 * minutes:g} s of CPU time (one thread) for each run; "
+        "Δ: to labels alone, paired by seed."
     )
     return "\n".join(lines)
 
