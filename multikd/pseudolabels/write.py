@@ -232,6 +232,8 @@ def _earlier(out: Path, config: dict[str, Any]) -> list[Done]:
                     f"{out} holds .tar files that are no pseudo-labels of ours: name another --out"
                 ) from None
             return []
+    if known != config and not any(out.glob("*.tar")):
+        return []  # it ended before it kept an image: nothing to mix with
     if known != config:
         names = {*config, *known} if isinstance(known, dict) else set(config)
         other = sorted(
