@@ -42,7 +42,7 @@ def build_leaderboard(planner: Planner, study: StudyFolder, runs: Sequence[Run])
     scores = _scores(done, tasks, best)
     rows = [_row(c, by_seed, done, teachers["costs"]) for c, by_seed in scores.items()]
     _rank(rows)
-    settings = list(dict.fromkeys(c.setting for c in scores))
+    settings = {c.setting: c for c in scores if c.subset}
     return {
         "multikd": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,8 +61,8 @@ def build_leaderboard(planner: Planner, study: StudyFolder, runs: Sequence[Run])
         ],
         "rows": rows,
         "worth": [
-            worth(setting, list(planner.pool), scores, [*tasks, RETENTION], tasks)
-            for setting in settings
+            worth(combination, list(planner.pool), scores, [*tasks, RETENTION], tasks)
+            for combination in settings.values()
         ],
         "progress": {
             "runs": len(results),
@@ -80,27 +80,30 @@ def build_leaderboard(planner: Planner, study: StudyFolder, runs: Sequence[Run])
 
 
 def worth(
-    setting: str,
+    of: Combination,
     names: Sequence[str],
     scores: Scores,
     measures: Sequence[str],
     tasks: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Shapley values and interactions of one setting, or leave-one-out where subsets are few.
+    """Shapley values and interactions at one setting, or leave-one-out where subsets are few.
+
+    ``of`` is any combination with that setting.
 
     Each seed is a game of its own, so that intervals are over seeds; the values are those of the
     mean game (they are linear in it).
     """
     games: dict[str, dict[int, dict[frozenset[str], float]]] = {m: {} for m in measures}
     for combination, by_seed in scores.items():
-        if combination.setting != setting:
+        untrained = not combination.subset and set(combination.levels) <= set(of.levels)
+        if combination.setting != of.setting and not untrained:
             continue
         for seed, values in by_seed.items():
             for measure, value in values.items():
                 # So that more is always better.
                 sign = 1.0 if tasks.get(measure, {}).get("higher_is_better", True) else -1.0
                 games[measure].setdefault(seed, {})[frozenset(combination.subset)] = sign * value
-    found: dict[str, Any] = {"setting": setting, "measures": {}}
+    found: dict[str, Any] = {"setting": of.setting, "measures": {}}
     for measure, played in games.items():
         complete = {s: g for s, g in played.items() if is_complete(g, names)}
         if complete:

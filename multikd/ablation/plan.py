@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,10 +148,19 @@ class Planner:
         return [Run("run", c, seed) for seed in self.study.seeds for c in combinations]
 
     def empty(self, combinations: Sequence[Combination]) -> list[Run]:
-        """The untrained student, for every setting of the axes."""
+        """The untrained students: one for every setting of the axes that change the student."""
         if not self.study.empty:
             return []
-        return self.runs(list(dict.fromkeys(replace(c, subset=()) for c in combinations)))
+        return self.runs(list(dict.fromkeys(self.untrained(c) for c in combinations)))
+
+    def untrained(self, combination: Combination) -> Combination:
+        """The untrained student beside a combination; what only changes training is left out."""
+        return Combination((), tuple(x for x in combination.levels if self._changes_student(x[0])))
+
+    def _changes_student(self, axis: str) -> bool:
+        """Whether a level of an axis touches the student, or replaces the model as a whole."""
+        keys = [key for level in self.study.axes[axis].values() for key in level]
+        return any(key.startswith("model.student") or key == "model" for key in keys)
 
     def _first_levels(self) -> tuple[tuple[str, str], ...]:
         return tuple((axis, next(iter(levels))) for axis, levels in self.study.axes.items())
@@ -169,7 +178,8 @@ class Planner:
             ValueError: a dotted key that leads nowhere.
         """
         config = copy.deepcopy(self.base)
-        for axis, level in run.combination.levels:
+        levels = {**dict(self._first_levels()), **dict(run.combination.levels)}
+        for axis, level in levels.items():
             for key, value in self.study.axes[axis][level].items():
                 put(config, key, value)
         if run.combination.budget is not None and self.study.halving is not None:

@@ -235,6 +235,33 @@ def test_axes_and_halving(place: Place, tmp_path: Path, scored: list[str]) -> No
     assert get(config, "data.recorded_seed") == 0
 
 
+def test_an_untrained_student_is_one_for_all_settings_that_only_change_training(
+    place: Place, tmp_path: Path, scored: list[str]
+) -> None:
+    axes = {
+        "rate": {"bad": {"model.lr_batch": 32}, "good": {"model.lr_batch": 64}},
+        "size": {"one": {"model.student.rungs": [-1]}, "two": {"model.student.rungs": [-2, -1]}},
+    }
+    study = place.study(axes=axes, subsets=[["vit"], ["cnn"], ["vit", "cnn"]], seeds=[0, 1])
+    _, board = run_ablate(study, settings(tmp_path))
+    untrained = [row["label"] for row in board["rows"] if not row["teachers"]]
+    assert sorted(untrained) == ["untrained,size=one", "untrained,size=two"]
+    planner = Planner(read_study(study), tmp_path)
+    alone = Combination((), (("size", "two"),))
+    config = planner.config(Run("run", alone, 0))
+    assert get(config, "model.student.rungs") == [-2, -1]
+    assert get(config, "model.lr_batch") == 32  # some level of what does not matter
+    # It is the empty set of every setting of its size.
+    assert [w["setting"] for w in board["worth"]] == [
+        f"rate={rate},size={size}" for rate in ("bad", "good") for size in ("one", "two")
+    ]
+    for entry in board["worth"]:
+        found = entry["measures"]["knn"]
+        assert found["method"] == "shapley"
+        total = math.fsum(v["value"] for v in found["values"].values())
+        assert abs(total - (found["full"] - found["empty"])) < 1e-9
+
+
 def test_a_search_is_the_same_again(place: Place, tmp_path: Path, scored: list[str]) -> None:
     pytest.importorskip("optuna")
     axes = {"rate": {"bad": {}, "good": {"model.lr_batch": 64}}}
