@@ -28,7 +28,8 @@ _WORKER = re.compile(r"DataLoader worker .*(Bus error|Killed|exited unexpectedly
 _RANK = re.compile(
     r"Connection (closed|reset) by (remote )?peer|[Tt]imed out waiting|[Tt]imed out after"
     r"|Watchdog caught collective|NCCL (error|timeout)|Broken pipe|monitoredBarrier"
-    r"|Socket Timeout|connection was aborted|Gloo connectFullMesh failed"
+    r"|Socket Timeout|timeout caused pair closure|connection was aborted"
+    r"|Gloo connectFullMesh failed"
 )
 
 

@@ -15,8 +15,10 @@ from multikd.config_errors import condense
 from multikd.console import messages_on_stderr, take_over_lightning
 from multikd.shipped import (
     find_config,
+    shipped_chains,
     shipped_configs,
     shipped_fragments,
+    shipped_searches,
     shipped_studies,
     shipped_tasks,
 )
@@ -112,13 +114,18 @@ def test_find_config_prefers_a_file(tmp_path: Path) -> None:
 
 def test_configs_lists_recipes_and_fragments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs"]) == 0
-    recipes, tasks, studies, fragments = capsys.readouterr().out.split("\n\n")
+    recipes, tasks, studies, *rest, fragments = capsys.readouterr().out.split("\n\n")
+    chains, sizes = rest
     for name in shipped_configs():
         assert f"\n  {name} " in recipes
     for name in shipped_tasks():
         assert f"\n  {name} " in tasks
     for name in shipped_studies():
         assert f"\n  {name} " in studies
+    for name in shipped_chains():
+        assert f"\n  {name} " in chains
+    for name in shipped_searches():
+        assert f"\n  {name} " in sizes
     for name in shipped_fragments():
         assert f"\n  {name}.yaml " in fragments
     assert main(["configs", "teachers/dino_vitb16.yaml"]) == 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from multikd.data.manifest import WriteReport
 from multikd.data.module import ShardDataModule
@@ -21,6 +23,7 @@ from multikd.modules.distillation import DistillationModule
 from multikd.pseudolabels.ensemble import Ensemble, no_logits
 from multikd.pseudolabels.tally import Tally
 from multikd.pseudolabels.write import write_pseudolabels
+from multikd.types import TokenFeatures
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def run_pseudolabel(
         report, tally = write_pseudolabels(
             source,
             asked.out,
-            Ensemble(module.run_teacher, dict.fromkeys(names, 1.0)),
+            # Not run_teacher, which leaves out logits that no term asks for.
+            Ensemble(partial(answers, module), dict.fromkeys(names, 1.0)),
             data.eval_views,
             threshold=asked.threshold,
             identity=identity,
@@ -130,3 +134,9 @@ def _text(report: WriteReport, tally: Tally, figures: dict[str, Any]) -> str:
     if any(row["accuracy"] is not None for row in figures["thresholds"]):
         lines.append("accuracy is against the images' own labels, which the new shards leave out")
     return "\n".join(lines)
+
+
+def answers(module: DistillationModule, name: str, images: Tensor) -> TokenFeatures:
+    """A teacher's features of float images in [0, 1], its logits among them."""
+    features: TokenFeatures = module.teacher(name)(images, module.student.spec.patch_size)
+    return features

@@ -23,8 +23,10 @@ def broken_teacher(module: DistillationModule, name: str, key: str) -> None:
     """Let ``name`` give a NaN for the image of this key."""
     original = module.targets
 
-    def targets(batch: Batch, images: Any, view: int, names: Any) -> dict[str, TokenFeatures]:
-        found = original(batch, images, view, names)
+    def targets(
+        batch: Batch, images: Any, view: int, names: Any, allotment: Any = None
+    ) -> dict[str, TokenFeatures]:
+        found = original(batch, images, view, names, allotment)
         if key in batch.keys and name in found:
             summary = found[name].summary
             assert summary is not None
