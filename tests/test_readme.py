@@ -37,7 +37,7 @@ def test_named_modules_exist(path: str) -> None:
 
 
 def test_named_configs_exist() -> None:
-    for name in re.findall(r"--config ([a-z0-9_]+)", README):
+    for name in re.findall(r"--config ([a-z0-9_/]+)", README):
         if name != "mine":  # the reader's own copy
             assert (ROOT / "configs" / f"{name}.yaml").is_file(), f"README names config {name}"
 

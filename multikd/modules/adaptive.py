@@ -108,7 +108,8 @@ class AdaptiveModule(Resumable):
         super().__init__()
         check_names(teachers, {})  # type: ignore[arg-type]
         check_temperature(temperature)
-        check_weights(labels=labels, response=response, features=features, drift=drift)
+        check_weights(labels=labels, response=response, features=features)
+        check_weights(drift=drift)
         check_weights(teacher_rate=teacher_rate)
         check_teachers(teachers)
         if student.num_classes:

@@ -83,10 +83,11 @@ def log_scores(module: pl.LightningModule, logits: Tensor, batch: Batch, suffix:
         f"val/loss{suffix}": torch.where(chosen, label_loss(logits, batch.labels), 0.0).sum(),
         f"val/accuracy{suffix}": right.sum().float(),
     }
-    # Weighted with the labelled images: a batch without any counts nothing.
+    # Weighted with the labelled images: a batch without any counts nothing. Times the ranks, since
+    # Lightning takes the mean over them of these integers, rounded down.
     module.log_dict(
         {name: value / max(count, 1) for name, value in values.items()},
-        batch_size=count,
+        batch_size=count * module.trainer.world_size,
         sync_dist=True,
         add_dataloader_idx=False,
     )
@@ -111,6 +112,10 @@ def check_weights(**weights: float) -> None:
     for name, weight in weights.items():
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"{name} must be 0 or more and finite, received {weight}")
+    if len(weights) > 1 and not any(weights.values()):
+        raise ValueError(
+            f"nothing is learned: {', '.join(weights)} are all 0; set at least one above 0"
+        )
 
 
 def check_labels(module: pl.LightningModule, classes: int) -> None:
