@@ -10,6 +10,7 @@ The operator is the one that torch's own compiler emits for frozen CPU models.
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ def pack_linears(encoder: nn.Module) -> int:
         if _packable(module):
             _pack(cast(nn.Linear, module), None)
     count = sum(isinstance(module, PackedLinear) for module in encoder.modules())
+    _available(torch.float32)  # here, so that torch's counter of FLOP knows the product in time
     log.debug("%d linear layers of %s are packed on CPUs", count, type(encoder).__name__)
     return count
 
@@ -135,6 +138,13 @@ def _has_operator(dtype: torch.dtype) -> bool:
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     if not all(hasattr(mkldnn, name) for name in names):
         return False
+    if mkldnn._linear_pointwise not in flop_registry:
+        register_flop_formula(mkldnn._linear_pointwise)(_flop)  # torch's counter knows it not
     if dtype == torch.bfloat16:
         return bool(mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+def _flop(rows: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """FLOP of a product: ``rows (…, in)``, ``weight (out, in)``."""
+    return 2 * math.prod(rows[:-1]) * weight[0] * weight[1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from multikd.teachers import Teacher, TimmEncoder
 from multikd.teachers.packing import PackedLinear, _available, pack_linears
@@ -63,6 +64,17 @@ def test_gelu_goes_into_the_product_and_stays_where_there_is_none() -> None:
     counts = {event.key: event.count for event in profiler.key_averages()}
     assert counts["mkldnn::_linear_pointwise"] == 49
     assert not [name for name in counts if "gelu" in name]
+
+
+def test_torch_counts_the_same_work() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    counts = []
+    for pack in (False, True):
+        teacher = Teacher(encoder(), dtype="float32", pack=pack)
+        with FlopCounterMode(display=False) as counter:
+            teacher(images)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("gelu", [None, "none", "tanh"])

@@ -4,8 +4,9 @@
 
 A ViT-S/16 and a ResNet-50 (random weights), batch 16 of 224 px: float32 weights, float32 weights
 under bfloat16 autocast, bfloat16 weights (as `dtype: bfloat16` makes them), for the CNN with and
-without channels last; three teachers that share a resize against three that do not. With --compile
-also `compile: true` (its first batch takes a minute and is not timed).
+without channels last, for the ViT with and without bias and GELU inside the products; three
+teachers that share a resize against three that do not. With --compile also `compile: true` (its
+first batch takes a minute and is not timed).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from multikd.teachers import Teacher, TimmEncoder
+from multikd.teachers.packing import PackedLinear
 from multikd.teachers.resized import shared_sizes
 
 MODELS = ("vit_small_patch16_224", "resnet50")
@@ -44,6 +46,10 @@ def measure(options: argparse.Namespace, name: str, images: Tensor) -> dict[str,
         "autocast": lambda: under_autocast(plain, images),
         "bfloat16": lambda: half(images),
     }
+    if any(isinstance(module, PackedLinear) for module in half.encoder.modules()):
+        loose = {d: teacher(name, dtype=d, pack=False) for d in ("float32", "bfloat16")}
+        runs["float32, not packed"] = lambda: loose["float32"](images)
+        runs["bfloat16, not packed"] = lambda: loose["bfloat16"](images)
     if half.channels_last:
         other = teacher(name, dtype="bfloat16", channels_last=False)
         runs["bfloat16, channels first"] = lambda: other(images)
@@ -57,7 +63,7 @@ def measure(options: argparse.Namespace, name: str, images: Tensor) -> dict[str,
     times = in_turns(runs, options.repeats)
     rows = {}
     for variant, values in times.items():
-        floor = flop / rates["float32" if variant == "float32" else "half"]
+        floor = flop / rates["float32" if variant.startswith("float32") else "half"]
         middle = summary(values)
         rows[variant] = {**middle, "floor": floor, "to_floor": middle["median"] / floor}
     return rows
@@ -84,13 +90,14 @@ def main() -> None:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--compile", action="store_true")
     options = arguments(parser)
     images = torch.rand(options.batch, 3, 224, 224)
-    figures: dict[str, Any] = {name: measure(options, name, images) for name in MODELS}
-    figures["resizing"] = resizing(options)
+    figures: dict[str, Any] = {name: measure(options, name, images) for name in options.models}
+    figures["resizing"] = resizing(options) if options.models == list(MODELS) else {}
     rows: list[tuple[str, ...]] = [("ms: median", "time", "floor", "× floor")]
-    for name in MODELS:
+    for name in options.models:
         for variant, found in figures[name].items():
             cells = (f"{1e3 * found['median']:.0f}", f"{1e3 * found['floor']:.0f}")
             rows.append((f"{name}, {variant}", *cells, f"{found['to_floor']:.2f}"))
