@@ -209,8 +209,11 @@ def train(config: dict[str, Any], cache: str, fill: float, budget: float, images
         images: of the training set.
     """
     chosen, charge = with_cache(config, cache), fill if cache else 0.0
+    fresh = bool(cache) and not Path(cache).exists()
     _, clock, seconds = fitted(chosen, WARM_UP)
     cost, fixed = _costs(clock, seconds)
+    if fresh:  # the warm-up filled it, which the charge pays for
+        fixed = max(0.0, fixed - fill)
     if cache:
         batch = int(get(config, "data.batch_size"))
         live = cost + fill * batch / images
@@ -346,7 +349,7 @@ def _chain(method: Method, seed: int, budget: float, reference: dict[str, Any]) 
         if place == 0:
             done.append(train(config, method.cache, _fill(config, reference), share, images))
         else:
-            # Its teacher is this run's own: the first epoch fills a cache that nobody else reads.
+            # Its teacher is this run's own: the warm-up fills a cache that nobody else reads.
             fill = _forward_seconds(config, images)
             own = "" if fill > share / 2 else str(out / f"features-{place}")
             done.append(train(config, own, fill, share, images))
