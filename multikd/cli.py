@@ -513,7 +513,8 @@ def _add_stages(commands: Any) -> None:
         "examples:\n"
         "  multikd stages born_again --out chain/ --dry-run\n"
         "  multikd stages born_again --out chain/\n"
-        "  multikd stages mine.yaml --out chain/ --set data.train=shards/ --set first:seed=1\n"
+        "  multikd stages mine.yaml --out chain/ --set data.train=shards/ "
+        "--set first:seed_everything=1\n"
         "\n`multikd configs chains/born_again` prints a chain to start from. Each stage is an\n"
         "ordinary `multikd fit` in DIR/STAGE, then an export to DIR/STAGE/export, which later\n"
         "stages name as {stage:STAGE}. The same command goes on where it was stopped.\n",

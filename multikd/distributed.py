@@ -114,15 +114,15 @@ def all_gather_object(value: T) -> list[T]:
 def all_or_none() -> Iterator[None]:
     """A block at whose end every rank stops when one of them has failed, with its reason.
 
-    Only for what an error of ours or of the file system can end; every rank must come here.
+    Ranks may do different work in it; every rank must come here.
 
     Raises:
-        ValueError, OSError: this rank's own, or a ValueError with another's sentence.
+        Exception: this rank's own, or a ValueError with another's sentence.
     """
     failed: Exception | None = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, the others would wait for this rank
         failed = error
     reason = None if failed is None else f"{failed} (on rank {rank()}; all of them stop)"
     reasons = [found for found in all_gather_object(reason) if found is not None]

@@ -160,7 +160,8 @@ class Planner:
     def _changes_student(self, axis: str) -> bool:
         """Whether a level of an axis touches the student, or replaces the model as a whole."""
         keys = [key for level in self.study.axes[axis].values() for key in level]
-        return any(key.startswith("model.student") or key == "model" for key in keys)
+        plain = [key.replace(".init_args", "") for key in keys]
+        return any(key.startswith("model.student") or key == "model" for key in plain)
 
     def _first_levels(self) -> tuple[tuple[str, str], ...]:
         return tuple((axis, next(iter(levels))) for axis, levels in self.study.axes.items())

@@ -14,7 +14,13 @@ from multikd.export.folder import check_target, new_folder, sha256
 from multikd.export.timm_folder import TimmOptions, write_card, write_timm
 from multikd.published import dinov2, eupe, radio, theia
 from multikd.published.publishers import PUBLISHERS, Kind, licence_of
-from multikd.published.released import Released, check_kind, kind_of, read_released
+from multikd.published.released import (
+    Released,
+    check_kind,
+    kind_of,
+    other_layout,
+    read_released,
+)
 from multikd.published.vit import Asked, ImportedVit
 from multikd.students import StudentEncoder
 
@@ -92,13 +98,16 @@ def convert(released: Released, kind: Kind, asked: Asked) -> ImportedVit:
     Raises:
         ValueError: the file is not of this kind.
     """
-    if kind == "radio":
-        return radio.convert(released, asked)
-    if kind == "theia":
-        return theia.convert(released, asked)
-    if kind == "eupe":
-        return eupe.convert(released, asked)
-    return dinov2.convert(released, kind, asked)
+    try:
+        if kind == "radio":
+            return radio.convert(released, asked)
+        if kind == "theia":
+            return theia.convert(released, asked)
+        if kind == "eupe":
+            return eupe.convert(released, asked)
+        return dinov2.convert(released, kind, asked)
+    except (LookupError, ArithmeticError, TypeError, AttributeError) as error:
+        raise other_layout(released, kind) from error  # a tensor is missing, or of another rank
 
 
 def build(found: ImportedVit, file: Path) -> StudentEncoder:

@@ -17,7 +17,14 @@ from multikd.retention.taskfile import read_task_file
 from multikd.runs.folder import RunsFolder, check_place
 from multikd.runs.tables import text_table
 from multikd.sizes.rule import levelled_off, smallest_good
-from multikd.sizes.run import SizeRun, build_student, do_size, over_budget, student_cost
+from multikd.sizes.run import (
+    SizeRun,
+    build_student,
+    do_size,
+    over_budget,
+    size_config,
+    student_cost,
+)
 from multikd.sizes.search import Search, read_search
 from multikd.untrusted import read_json
 
@@ -111,6 +118,8 @@ def _train(search: Search, out: Path, costs: dict[str, dict[str, Any]], bar: Pro
         for seed in search.seeds:
             run = SizeRun(size, seed)
             if folders.result(run) is not None:
+                # Refuses where it was made with other settings than these.
+                folders.put_config(run, size_config(search, run, out))
                 continue
             task = bar.add_task(f"{run.name}: training and scoring", total=None)
             try:

@@ -17,7 +17,7 @@ from multikd.runs.folder import check_place
 from multikd.runs.tables import text_table
 from multikd.stages.chain import Chain, read_chain
 from multikd.stages.check import StageShape, check_chain
-from multikd.stages.plan import stage_folders
+from multikd.stages.plan import stage_config, stage_folders
 from multikd.stages.run import do_stage
 
 
@@ -56,6 +56,8 @@ def run_stages(name: str, settings: StagesSettings) -> tuple[str, dict[str, Any]
             with file_lock(out / "lock", wait=False):
                 for number, stage in enumerate(chain.stages, 1):
                     if folders.result(stage) is not None:
+                        # Refuses where it was made with other settings than these.
+                        folders.put_config(stage, stage_config(chain, stage, out))
                         continue
                     before = f"{number}/{len(chain.stages)} {stage.name}"
                     task = bar.add_task(before, total=None)

@@ -61,7 +61,7 @@ def test_a_chain_trains_every_stage_on_what_the_earlier_ones_exported_however_of
     assert run_stages(chain, settings(out))[1] == figures
     assert here == []
     (out / "larger" / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"stage 'larger' has trainer.max_epochs = 2, and here"):
+    with pytest.raises(ValueError, match=r"stage 'first' has trainer.max_epochs = 2, and here"):
         run_stages(chain, settings(out, changes=("trainer.max_epochs=3",)))
 
     # Killed while the first trains, and stopped between the last one's training and export.
