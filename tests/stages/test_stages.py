@@ -16,14 +16,14 @@ import timm
 import torch
 import yaml
 from ablation.conftest import Place
-from multikd.runs.folder import CONFIG
-from multikd.runs.process import fit_in_process
-from multikd.runs.trainer import own_folder
 from safetensors.torch import load_file
 from stages.conftest import teacher, write_chain
 
 from multikd.cli import main
 from multikd.config_files import load_config
+from multikd.runs.folder import CONFIG
+from multikd.runs.process import fit_in_process
+from multikd.runs.trainer import own_folder
 from multikd.shipped import shipped_chains
 from multikd.stages import run
 from multikd.stages.chain import read_chain
