@@ -24,7 +24,6 @@ from multikd.data.claims import TeacherData, claims
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.distributed import rank
-from multikd.functional import hash_unit
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder, NoLadder
 from multikd.losses.balancing import FixedWeights, LossBalancer
@@ -39,14 +38,12 @@ from multikd.modules.partition import Partition, check_told, facts_of, load_own
 from multikd.modules.patch_sampling import PatchSample, check_share
 from multikd.modules.records import StepRecord, gradient_norm, mean_norm
 from multikd.modules.resuming import (
-    GRADIENTS_KEY,
-    VALIDATED_KEY,
-    between_batches,
-    gradients_of,
-    put_gradients,
-    rescale_schedule,
-    settle_counters,
+    begin_batch,
+    go_on,
+    note_validation,
+    read_place,
     settle_lengths,
+    write_place,
 )
 from multikd.modules.sharding import shard_modules
 from multikd.modules.undo import StepUndo
@@ -59,9 +56,6 @@ from multikd.teachers.resized import shared_sizes
 from multikd.types import TOKEN_TYPES, Batch, Grid, StudentOutput, TokenFeatures, TokenType, Widths
 
 log = logging.getLogger(__name__)
-
-# Of the seeds of dropout and drop path, apart from the streams of teacher dropping.
-_RANDOM_STREAM = 1 << 33
 
 
 class DistillationModule(pl.LightningModule):
@@ -500,24 +494,10 @@ class DistillationModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """After a checkpoint was restored: read the seed from its device, once; go on inside an
         epoch."""
-        self._run_seed = int(self.seed)
-        self.skip_step = False
-        state, self._resumed = self._resumed, None
-        data = getattr(self.trainer, "datamodule", None)
-        if state is None or not isinstance(data, ShardDataModule):
+        state = go_on(self)
+        if state is None:
             return
-        if state.inside:
-            for loader in self.trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
-                if not getattr(loader, "fixed_epoch", False):
-                    loader.set_epoch(self.current_epoch)
-            settle_lengths(self.trainer)
-            settle_counters(self.trainer)
-        else:
-            # Of runs that are limited by steps, Lightning takes every start for one in an epoch.
-            self.trainer.fit_loop.epoch_loop.restarting = False
-        put_gradients(self, self._gradients)
-        self._gradients = {}
-        rescale_schedule(self.trainer, state, linear=self.lr_batch is not None)
+        data = cast(ShardDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         batches = self.trainer.world_size * data.batch_size / (state.world * state.batch_size)
         for name in self.ladder_names:
             self.normalizer(name).rescale_updates(1.0 / batches)
@@ -528,8 +508,7 @@ class DistillationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Note that the validation due after this batch has run."""
-        if not self.trainer.sanity_checking:
-            self._validated_at = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        note_validation(self)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Tell the balancer that an epoch is over, and seed dropout and drop path.
@@ -539,11 +518,7 @@ class DistillationModule(pl.LightningModule):
         """
         if batch_idx == 0:
             self.balancer.end_epoch()
-        if self.undo is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.undo.remember(self)
-        stream = _RANDOM_STREAM + self.global_rank
-        draw = hash_unit(self._run_seed, self.current_epoch, batch_idx, stream)
-        torch.manual_seed(int(draw * 2**24))
+        begin_batch(self, batch_idx)
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -628,22 +603,11 @@ class DistillationModule(pl.LightningModule):
         """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
         if self._told:
             check_told(self._told, checkpoint.get("teachers"), self.teacher_names)
-        data = getattr(self._trainer, "datamodule", None)
-        loops = checkpoint.get("loops", {}).get("fit_loop")
-        if not isinstance(data, ShardDataModule) or loops is None:
-            return
-        state = LoaderState.from_state_dict(checkpoint.get(type(data).__qualname__, {}))
-        self._resumed = state
-        if state is not None and state.inside:
-            self._gradients = checkpoint.get(GRADIENTS_KEY, {})
-            between_batches(loops, data.batches_before(state), bool(checkpoint.get(VALIDATED_KEY)))
+        read_place(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note who taught, under which licence: an export must say so. Their weights stay out."""
-        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        checkpoint[VALIDATED_KEY] = self._validated_at == done
-        if done >= 0 and self.device_mesh is None and self.trainer.fit_loop._should_accumulate():
-            checkpoint[GRADIENTS_KEY] = gradients_of(self)
+        write_place(self, checkpoint)
         checkpoint["teachers"] = self.teacher_facts()
 
     def teacher_facts(self) -> dict[str, dict[str, str]]:

@@ -8,25 +8,18 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
-from multikd.functional import hash_unit
 from multikd.modules.records import StepRecord
 from multikd.modules.resuming import (
-    GRADIENTS_KEY,
-    VALIDATED_KEY,
-    between_batches,
-    gradients_of,
-    put_gradients,
-    rescale_schedule,
-    settle_counters,
+    begin_batch,
+    go_on,
+    note_validation,
+    read_place,
     settle_lengths,
+    write_place,
 )
 from multikd.modules.undo import StepUndo
 from multikd.types import Batch, TokenFeatures
-
-# Of the seeds of dropout and drop path; the same as in DistillationModule.
-_RANDOM_STREAM = 1 << 33
 
 
 class Resumable(pl.LightningModule):
@@ -72,24 +65,7 @@ class Resumable(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """After a checkpoint was restored: read the seed once; go on inside an epoch."""
-        self._run_seed = int(self.seed)
-        self.skip_step = False
-        state, self._resumed = self._resumed, None
-        data = getattr(self.trainer, "datamodule", None)
-        if state is None or not isinstance(data, ShardDataModule):
-            return
-        if state.inside:
-            for loader in self.trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
-                if not getattr(loader, "fixed_epoch", False):
-                    loader.set_epoch(self.current_epoch)
-            settle_lengths(self.trainer)
-            settle_counters(self.trainer)
-        else:
-            # Of runs that are limited by steps, Lightning takes every start for one in an epoch.
-            self.trainer.fit_loop.epoch_loop.restarting = False
-        put_gradients(self, self._gradients)
-        self._gradients = {}
-        rescale_schedule(self.trainer, state, linear=self.lr_batch is not None)
+        go_on(self)
 
     def on_train_epoch_start(self) -> None:
         """An epoch after one that went on in another layout has its own length again."""
@@ -97,16 +73,11 @@ class Resumable(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout and drop path, and remember what a skipped step puts back."""
-        if self.undo is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.undo.remember(self)
-        stream = _RANDOM_STREAM + self.global_rank
-        draw = hash_unit(self._run_seed, self.current_epoch, batch_idx, stream)
-        torch.manual_seed(int(draw * 2**24))
+        begin_batch(self, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Note that the validation due after this batch has run."""
-        if not self.trainer.sanity_checking:
-            self._validated_at = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        note_validation(self)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """As in validation."""
@@ -122,22 +93,11 @@ class Resumable(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
-        data = getattr(self._trainer, "datamodule", None)
-        loops = checkpoint.get("loops", {}).get("fit_loop")
-        if not isinstance(data, ShardDataModule) or loops is None:
-            return
-        state = LoaderState.from_state_dict(checkpoint.get(type(data).__qualname__, {}))
-        self._resumed = state
-        if state is not None and state.inside:
-            self._gradients = checkpoint.get(GRADIENTS_KEY, {})
-            between_batches(loops, data.batches_before(state), bool(checkpoint.get(VALIDATED_KEY)))
+        read_place(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the teachers, whether validation ran, and gradients that are being accumulated."""
-        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        checkpoint[VALIDATED_KEY] = self._validated_at == done
-        if done >= 0 and self.trainer.fit_loop._should_accumulate():
-            checkpoint[GRADIENTS_KEY] = gradients_of(self)
+        write_place(self, checkpoint)
         checkpoint["teachers"] = self.teacher_facts()
 
 
@@ -150,6 +110,18 @@ def log_step(module: pl.LightningModule, record: StepRecord) -> None:
     means = {f"epoch/loss/{name}": rows[i] for i, name in enumerate(record.names)}
     means["epoch/loss"] = record.total
     module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+
+
+def mean_over_views(module: Any, batch: Batch) -> Tensor:
+    """Loss of a batch: the mean of ``module.step`` over its views, each logged and kept."""
+    losses, records = [], []
+    for view in range(len(batch.views)):
+        loss, record = module.step(batch, view)
+        losses.append(loss)
+        records.append(record)
+        log_step(module, record)
+    module.last_records = tuple(records)
+    return torch.stack(losses).mean()
 
 
 def answers(features: TokenFeatures, batch: Batch) -> dict[str, Any]:

@@ -9,18 +9,90 @@ that is due there has run is noted in the checkpoint.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.distributed import all_reduce_mean
+from multikd.functional import hash_unit
 
 VALIDATED_KEY = "validated"
 GRADIENTS_KEY = "gradients"
+# Of the seeds of dropout and drop path, apart from the streams of teacher dropping.
+_RANDOM_STREAM = 1 << 33
+
+
+def go_on(module: Any) -> LoaderState | None:
+    """After a checkpoint was restored: read the seed from its device, once; go on inside an epoch.
+
+    Args:
+        module: with ``seed``, ``lr_batch`` and what ``read_place`` left in ``_resumed`` and
+            ``_gradients``.
+
+    Returns:
+        Where the data stood; None where nothing was restored, or the data are another module's.
+    """
+    module._run_seed = int(module.seed)
+    module.skip_step = False
+    state, module._resumed = module._resumed, None
+    data = getattr(module.trainer, "datamodule", None)
+    if state is None or not isinstance(data, ShardDataModule):
+        return None
+    if state.inside:
+        for loader in module.trainer.fit_loop._combined_loader.flattened:
+            if not getattr(loader, "fixed_epoch", False):
+                loader.set_epoch(module.current_epoch)
+        settle_lengths(module.trainer)
+        settle_counters(module.trainer)
+    else:
+        # Of runs that are limited by steps, Lightning takes every start for one in an epoch.
+        module.trainer.fit_loop.epoch_loop.restarting = False
+    put_gradients(module, module._gradients)
+    module._gradients = {}
+    rescale_schedule(module.trainer, state, linear=module.lr_batch is not None)
+    return cast(LoaderState, state)
+
+
+def begin_batch(module: Any, batch_idx: int) -> None:
+    """Seed dropout and drop path, and remember what a skipped step puts back."""
+    if module.undo is not None and batch_idx % module.trainer.accumulate_grad_batches == 0:
+        module.undo.remember(module)
+    stream = _RANDOM_STREAM + module.global_rank
+    draw = hash_unit(module._run_seed, module.current_epoch, batch_idx, stream)
+    torch.manual_seed(int(draw * 2**24))
+
+
+def note_validation(module: Any) -> None:
+    """Note that the validation due after this batch has run."""
+    if not module.trainer.sanity_checking:
+        module._validated_at = module.trainer.fit_loop.epoch_loop.total_batch_idx
+
+
+def read_place(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Bring Lightning's counters to one form, whatever hook the checkpoint was written in."""
+    data = getattr(module._trainer, "datamodule", None)
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if not isinstance(data, ShardDataModule) or loops is None:
+        return
+    state = LoaderState.from_state_dict(checkpoint.get(type(data).__qualname__, {}))
+    module._resumed = state
+    if state is not None and state.inside:
+        module._gradients = checkpoint.get(GRADIENTS_KEY, {})
+        between_batches(loops, data.batches_before(state), bool(checkpoint.get(VALIDATED_KEY)))
+
+
+def write_place(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Note whether validation ran, and gradients that are being accumulated."""
+    done = module.trainer.fit_loop.epoch_loop.total_batch_idx
+    checkpoint[VALIDATED_KEY] = module._validated_at == done
+    if done >= 0 and module.device_mesh is None and module.trainer.fit_loop._should_accumulate():
+        checkpoint[GRADIENTS_KEY] = gradients_of(module)
 
 
 def between_batches(fit_loop: dict[str, Any], batches: int, validated: bool) -> None:

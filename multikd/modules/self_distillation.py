@@ -30,7 +30,7 @@ from multikd.modules.logits import (
 )
 from multikd.modules.optimizing import scheduled_optimizer
 from multikd.modules.records import StepRecord, mean_norm
-from multikd.modules.resumable import Resumable, answers, log_step
+from multikd.modules.resumable import Resumable, answers, mean_over_views
 from multikd.optim import WarmupCosine
 from multikd.students import StudentEncoder
 from multikd.types import Batch, TokenFeatures
@@ -139,14 +139,7 @@ class SelfDistillationModule(Resumable):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch: the mean over its views."""
-        losses, records = [], []
-        for view in range(len(batch.views)):
-            loss, record = self.step(batch, view)
-            losses.append(loss)
-            records.append(record)
-            log_step(self, record)
-        self.last_records = tuple(records)
-        return torch.stack(losses).mean()
+        return mean_over_views(self, batch)
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
