@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from ablation.conftest import Place, place  # noqa: F401 (a fixture)
-from multikd.runs.folder import CONFIG
 
 from multikd.fit import run_lightning
+from multikd.runs.folder import CONFIG
 
 
 @pytest.fixture
