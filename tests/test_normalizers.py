@@ -9,6 +9,7 @@ from helpers.ddp import run_ranks
 from torch import Tensor
 
 from multikd import distributed as D
+from multikd.modules.undo import StepUndo
 from multikd.normalizers import (
     BatchStandardizer,
     BatchStandardizers,
@@ -332,3 +333,21 @@ def test_forward_compiles_into_one_graph() -> None:
     x = torch.randn(5, 4)
     compiled = torch.compile(forward, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), forward(x))
+
+
+@pytest.mark.parametrize("factory", [FixedStandardizers(images=8), PHISNormalizers(images=8)])
+def test_an_undone_step_goes_on_measuring(factory: NormalizerFactory) -> None:
+    data = batches(4, images=4, mean=1.0)
+    whole, undone = factory.build(WIDTHS), factory.build(WIDTHS)
+    undo = StepUndo()
+    for normalizer in (whole, undone):
+        normalizer.train().update(data[0])
+    undo.remember(undone)
+    # It freezes within the step, which is then taken back.
+    undone.update(data[2])
+    undone.update(data[3])
+    undo.undo()
+    for normalizer in (whole, undone):
+        normalizer.update(data[1])
+        normalizer.update(data[2])
+    assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), undone.buffers(), strict=True))

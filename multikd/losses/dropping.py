@@ -103,6 +103,7 @@ class TeacherDropper(nn.Module):
     """
 
     normalize: Normalize = "image"
+    by_default = False  # nobody chose ``normalize``: the training module may, see ``weigh``
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +144,8 @@ class NoDropping(TeacherDropper):
 
     Args:
         normalize: see ``weigh``; null is ``image``, and ``teacher`` where ranks run different
-            teachers, which is the same where every teacher sees as many images.
+            teachers or images belong to some of them, which is the same where every teacher sees
+            as many images.
     """
 
     def __init__(self, normalize: Normalize | None = None) -> None:
@@ -196,13 +198,14 @@ class RandomTeachers(TeacherDropper):
     Args:
         p: probability of leaving a teacher out; one always stays.
         seed: of the draws, which are keyed by (seed, step, teacher) and so alike on every rank.
-        normalize: see ``weigh``.
+        normalize: see ``weigh``; null as for ``NoDropping``.
     """
 
-    def __init__(self, p: float = 0.5, seed: int = 0, normalize: Normalize = "image") -> None:
+    def __init__(self, p: float = 0.5, seed: int = 0, normalize: Normalize | None = None) -> None:
         super().__init__()
         _check_probability(p)
-        self.normalize = _checked(normalize)
+        self.by_default = normalize is None
+        self.normalize = _checked(normalize or "image")
         self.p = p
         self.seed = seed
 

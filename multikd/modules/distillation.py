@@ -20,7 +20,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from multikd.data.claims import TeacherData, claims
+from multikd.data.claims import PARTIAL, TeacherData, claims
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.distributed import rank
@@ -173,7 +173,8 @@ class DistillationModule(pl.LightningModule):
         self.teacher_data: TeacherData | None = teacher_data
         self.claims: dict[str, frozenset[int]] | None = None  # known when the data are
         self.partition = None if partition is None else Partition(partition, self.teacher_names)
-        if self.partition is not None and getattr(self.dropper, "by_default", False):
+        # Where an image has one teacher, `image` would divide its λ away.
+        if (self.partition is not None or teacher_data in PARTIAL) and self.dropper.by_default:
             self.dropper.normalize = "teacher"
         check_share(
             patch_share, self._objectives(), tokenwise(self.ladder), bool(teacher_data or partition)

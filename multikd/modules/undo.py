@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from multikd.normalizers import FeatureNormalizer
+
 # Teachers and their anchors do not change, and the average of the student only after a step.
 # Held-out batches of a skipped step stay taken.
 _NOT_OURS = ("teachers.", "average.", "anchors.", "held_out_taken")
@@ -18,6 +20,7 @@ class StepUndo:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._normalizers: list[FeatureNormalizer] = []
 
     @torch.no_grad()
     def remember(self, module: nn.Module) -> None:
@@ -28,6 +31,7 @@ class StepUndo:
                 for name, buffer in module.named_buffers()
                 if not name.startswith(_NOT_OURS)
             ]
+            self._normalizers = [m for m in module.modules() if isinstance(m, FeatureNormalizer)]
             return
         for now, kept in self._kept:
             kept.copy_(now)
@@ -37,3 +41,5 @@ class StepUndo:
         """Put back what was remembered."""
         for now, kept in self._kept:
             now.copy_(kept)
+        for normalizer in self._normalizers:
+            normalizer.state_restored()

@@ -79,6 +79,9 @@ class FeatureNormalizer(KeepsDtype):
                 self.register_buffer(f"{token}_mean", torch.zeros(width, dtype=torch.float32))
                 self.register_buffer(f"{token}_std", torch.ones(width, dtype=torch.float32))
 
+    def state_restored(self) -> None:
+        """Called after buffers were set from outside (loaded, put back): forget what they said."""
+
     def forward(self, features: TokenFeatures) -> TokenFeatures:
         """Standardise with the current statistics.
 

@@ -160,6 +160,10 @@ class CovarianceNormalizer(FeatureNormalizer):
             self._mean(token).copy_(self._buffer(token, "centre"))
             self._std(token).copy_(covariance.diagonal().clamp(min=0.0).sqrt())
 
+    def state_restored(self) -> None:
+        """See ``FeatureNormalizer``: the next update looks at what is there."""
+        self._frozen = False
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._frozen = False  # the next update looks at what was loaded
+        self.state_restored()

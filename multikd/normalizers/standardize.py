@@ -203,9 +203,13 @@ class FixedStandardizer(FeatureNormalizer):
         self.images_seen.fill_(self.images)
         self._frozen = True
 
+    def state_restored(self) -> None:
+        """See ``FeatureNormalizer``: the next update looks at what is there."""
+        self._frozen = False
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._frozen = False  # the next update looks at what was loaded
+        self.state_restored()
 
 
 class GlobalStandardizer(FixedStandardizer):

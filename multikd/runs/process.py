@@ -13,14 +13,18 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from multikd.files import file_lock
 from multikd.redaction import redact
 from multikd.runs.folder import CONFIG
 
 LOG = "fit.log"
+EXIT_AGAIN = 75  # that of multikd.callbacks.preemption, which imports torch
 _WATCH_SECONDS = 1.0
 _PATIENCE_SECONDS = 60
 
@@ -28,33 +32,73 @@ _PATIENCE_SECONDS = 60
 def fit_in_process(folder: Path, packages: Sequence[str] = ()) -> None:
     """Train what ``FOLDER/config.yaml`` says, or go on with it; output goes to ``fit.log``.
 
+    Signals come to this process alone (the run has a group of its own) and are passed on once:
+    Ctrl-C, and those with which schedulers ask to stop, upon which the run saves first.
+
     Args:
         folder: of the run.
         packages: whose classes the config may name (``--allow_code``).
 
     Raises:
+        PreemptedError: it was asked to stop, saved, and should be started again.
         ValueError: it failed; its last words are in the sentence.
         KeyboardInterrupt: it was interrupted, here or there.
     """
     path = folder / LOG
     command = [sys.executable, "-m", "multikd.runs.process", str(folder), *packages]
-    with path.open("ab") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        code = child.wait()
-    except BaseException:
-        # Ctrl-C reached it, too; a second would cut short the saving that it does now.
-        if child.poll() is None:
-            child.send_signal(signal.SIGINT)
+    with path.open("ab") as log, _passing_on() as stop:
+        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        stop.child = child
         try:
-            child.wait(timeout=_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-        raise
+            code = child.wait()
+        except BaseException:
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)
+            try:
+                child.wait(timeout=_PATIENCE_SECONDS)
+            except BaseException:  # too long, or Ctrl-C again
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+            raise
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
+    if code == EXIT_AGAIN or stop.asked:
+        from multikd.callbacks.preemption import PreemptedError
+
+        raise PreemptedError(
+            f"{folder}: {_last_words(path) if code == EXIT_AGAIN else 'it was asked to stop'}; "
+            "run the same command again to go on"
+        )
     if code != 0:
         raise ValueError(f"{_last_words(path)} (code {code}; all of it is in {path})")
+
+
+@dataclass
+class _Stop:
+    """What SIGTERM and SIGUSR1 did."""
+
+    child: subprocess.Popen[bytes] | None = None
+    asked: bool = False
+
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """To the child; this process does not end by it."""
+        self.asked = True
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(number)
+
+
+@contextmanager
+def _passing_on() -> Iterator[_Stop]:
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {n: signal.signal(n, stop.pass_on) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _last_words(path: Path) -> str:

@@ -68,7 +68,8 @@ def run_sizes(name: str, settings: SizesSettings) -> tuple[str, dict[str, Any]]:
         with file_lock(out / "lock", wait=False):
             # Measured once: a second measurement could change which sizes are within the budget.
             costs = _measure(search, out, _kept_costs(search, out))
-            content = {"budget": repr(search.budget), "costs": costs}
+            students = _students(search, out)
+            content = {"budget": repr(search.budget), "students": students, "costs": costs}
             write_text_atomically(out / COSTS, json.dumps(content, indent=1))
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             bar = Progress(*columns, disable=not settings.progress, console=Console(stderr=True))
@@ -81,14 +82,22 @@ def run_sizes(name: str, settings: SizesSettings) -> tuple[str, dict[str, Any]]:
     return _told(search, out, costs)
 
 
+def _students(search: Search, out: Path) -> dict[str, Any]:
+    """Size → the student's part of its config: what its cost depends on, beside the budget."""
+    runs = {size: SizeRun(size, search.seeds[0]) for size in search.sizes}
+    return {size: size_config(search, run, out)["model"]["student"] for size, run in runs.items()}
+
+
 def _kept_costs(search: Search, out: Path) -> dict[str, Any]:
+    """Costs measured before, of sizes whose student is still the same."""
     try:
         content = read_json(out / COSTS)
-        if content["budget"] == repr(search.budget):
-            return dict(content["costs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}
+        if content["budget"] != repr(search.budget):
+            return {}
+        now = json.loads(json.dumps(_students(search, out)))
+        return {s: c for s, c in content["costs"].items() if content["students"].get(s) == now[s]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _measure(search: Search, out: Path, known: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from multikd.data.claims import claims
 from multikd.data.specs import DatasetSpec
 from multikd.losses import (
     AngleLoss,
+    FixedWeights,
     HardestKept,
     InverseLossScale,
     LossSum,
@@ -21,6 +22,7 @@ from multikd.losses import (
     NoDropping,
     RandomTeachers,
     ShiftEquivariantMSE,
+    UncertaintyWeights,
 )
 from multikd.modules import DistillationModule
 from multikd.normalizers import (
@@ -91,6 +93,32 @@ def test_the_total_is_that_of_masked_losses(normalize: Any) -> None:
     expected = gradients(made, masked)
     for name, gradient in found.items():
         assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("dropper", [NoDropping, RandomTeachers])
+def test_weights_of_teachers_count_where_an_image_has_one(dropper: Any) -> None:
+    def weights(**settings: Any) -> Tensor:
+        made = module(balancer=FixedWeights({"vit": 3.0}), **settings)
+        made.claims = {name: frozenset({i}) for i, name in enumerate(NAMES)}
+        total, record = made.step(batch([0, 1, 2, 0, 1, 2]), 0, 0, training=True)
+        means = torch.stack([record.losses[t, t::3].mean() for t in range(3)])
+        return torch.stack([total.detach(), (means * torch.tensor([1.8, 0.6, 0.6])).mean()])
+
+    chosen = {"dropper": dropper(0.0)} if dropper is RandomTeachers else {}
+    given, expected = weights(teacher_data="own", **chosen)
+    assert given.item() == pytest.approx(expected.item(), rel=1e-5)
+    # What somebody chose stays.
+    assert module(dropper=NoDropping("image"), teacher_data="own").dropper.normalize == "image"
+    assert module(teacher_data="all").dropper.normalize == "image"
+
+
+def test_uncertainty_of_an_absent_teacher_is_left_alone() -> None:
+    made = module(balancer=UncertaintyWeights())
+    made.claims = CLAIMS
+    total, _ = made.step(batch([0, 0, 1, 0]), 0, 0, training=True)
+    moved = gradients(made, total)["balancer.log_variance"]
+    assert moved[:2].all()
+    assert moved[2] == 0.0
 
 
 def test_a_teacher_without_an_image_is_not_run_and_moves_nothing(monkeypatch: Any) -> None:

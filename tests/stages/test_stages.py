@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,37 @@ def test_a_fit_that_fails_in_its_process_is_told_with_its_own_words(
     ):
         fit_in_process(tmp_path)
     assert "Traceback" not in (tmp_path / "fit.log").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_passed_on_once_and_the_run_saves_first(
+    place: Place, tmp_path: Path, number: int, code: int
+) -> None:
+    config = load_config(str(place.root / "base.yaml"))
+    own_folder(config, tmp_path)
+    config["trainer"].update(max_epochs=100000, max_steps=-1)
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(config))
+    told = (
+        "import signal, sys, pathlib; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from multikd.runs.process import fit_in_process\n"
+        "try: fit_in_process(pathlib.Path(sys.argv[1]))\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+        "except Exception as error: print(error); sys.exit(getattr(error, 'exit_code', 2))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", told, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    while parent.poll() is None and not last.exists():
+        time.sleep(0.05)
+    parent.send_signal(number)
+    said, _ = parent.communicate(timeout=60)
+    log = (tmp_path / "fit.log").read_text()
+    assert parent.returncode == code, (said, log[-2000:])
+    assert "Traceback" not in log
+    if number == signal.SIGTERM:
+        assert (tmp_path / "checkpoints" / "preempted.ckpt").exists()
+        assert "run the same command again" in said
 
 
 # --- refused before anything trains -----------------------------------------------------------
