@@ -15,6 +15,7 @@ from multikd.errors import unknown_name
 from multikd.files import file_lock, write_text_atomically
 from multikd.retention.taskfile import read_task_file
 from multikd.runs.folder import RunsFolder, check_place
+from multikd.runs.overrides import get
 from multikd.runs.tables import text_table
 from multikd.sizes.rule import levelled_off, smallest_good
 from multikd.sizes.run import (
@@ -85,7 +86,7 @@ def run_sizes(name: str, settings: SizesSettings) -> tuple[str, dict[str, Any]]:
 def _students(search: Search, out: Path) -> dict[str, Any]:
     """Size → the student's part of its config: what its cost depends on, beside the budget."""
     runs = {size: SizeRun(size, search.seeds[0]) for size in search.sizes}
-    return {size: size_config(search, run, out)["model"]["student"] for size, run in runs.items()}
+    return {n: get(size_config(search, run, out), "model.student") for n, run in runs.items()}
 
 
 def _kept_costs(search: Search, out: Path) -> dict[str, Any]:

@@ -92,6 +92,16 @@ def test_sizes_go_from_small_up_until_the_score_levels_off(
     parameters = [entry["parameters"] for entry in figures["sizes"]]
     assert parameters == sorted(parameters)
 
+    # A cost is kept only while the size's student is the one that was measured.
+    kept = json.loads((out / "costs.json").read_text())
+    kept["costs"]["w16"]["latency_ms"] = kept["costs"]["w32"]["latency_ms"] = -1.0
+    kept["students"]["w16"] = {"name": "another"}
+    (out / "costs.json").write_text(json.dumps(kept))
+    run_sizes(search, settings)
+    now = json.loads((out / "costs.json").read_text())["costs"]
+    assert now["w16"]["latency_ms"] > 0
+    assert now["w32"]["latency_ms"] == -1.0
+
     # A budget that the larger ones don't fit; none that fits any.
     monkeypatch.setattr(
         commands, "do_size", lambda s, r, o: {"scores": {"knn": {"value": SCORES[r.size]}}}
