@@ -351,3 +351,13 @@ def test_an_undone_step_goes_on_measuring(factory: NormalizerFactory) -> None:
         normalizer.update(data[1])
         normalizer.update(data[2])
     assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), undone.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(("own", "updates"), [(1000, 500), (None, 250)])
+def test_a_length_that_was_set_is_in_updates_whatever_the_ranks(
+    own: int | None, updates: int
+) -> None:
+    normalizer = EMAStandardizers(total_steps=own).build(WIDTHS)
+    normalizer.get_buffer("updates").fill_(500)
+    normalizer.rescale_updates(0.5)
+    assert int(normalizer.get_buffer("updates")) == updates

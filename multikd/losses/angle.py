@@ -88,6 +88,8 @@ class AngleLoss(KeepsDtype, DistillationLoss):
         mean = torch.lerp(self.mean.to(y.dtype), sums[:-1] / count, weight)
         spread = torch.where(finite[:, 0], squared_angle(y, mean.expand_as(y)), 0.0).sum()
         now = all_reduce_sum(spread) / count
+        # A first image alone is its own mean, at the angle 0: it tells no dispersion.
+        now = torch.where((self.updates > 0) | (sums[-1] > 1), now, self.dispersion.to(y.dtype))
         self.mean.copy_(mean)
         self.dispersion.copy_(torch.lerp(self.dispersion.to(y.dtype), now, weight))
         self.updates += (sums[-1] > 0).long()  # a batch may hold no image of this teacher

@@ -53,6 +53,7 @@ class ClassMap(nn.Module):
             ``(B, K)``; −∞ for classes without one.
         """
         scaled = logits / temperature
+        scaled = scaled.masked_fill(self.index == self.count, float("-inf"))
         top = scaled.amax(dim=1, keepdim=True)
         sums = scaled.new_zeros((len(scaled), self.count + 1))
         sums.index_add_(1, self.index, torch.exp(scaled - top))
@@ -106,5 +107,8 @@ def _numbers(content: Mapping[str, Any], path: Path, count: int) -> list[int]:
     if len(own) != count:
         raise ValueError(f"{path} names {len(own)} student classes and the student has {count}")
     same = content.get("same") or {}
+    if not isinstance(same, Mapping):
+        raise ValueError(f"{path}: 'same' must map names of the teacher's classes to the student's")
+    same = {str(name): str(other) for name, other in same.items()}
     place = {str(name): i for i, name in enumerate(own)}
-    return [place.get(str(same.get(name, name)), -1) for name in names]
+    return [place.get(same.get(str(name), str(name)), -1) for name in names]

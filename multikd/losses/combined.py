@@ -39,7 +39,12 @@ class LossSum(DistillationLoss):
                 )
         self.factors = {name: float(weights.get(name, 1.0)) for name in losses}
         check_weights("weights", *self.factors.values())
-        self.losses = nn.ModuleDict(losses)
+        try:
+            self.losses = nn.ModuleDict(losses)
+        except KeyError as error:  # a dot, or a word that torch reserves
+            raise ValueError(
+                f"a loss of a sum can't have this name ({error.args[0]}): use letters, digits, '_'"
+            ) from error
         used = [losses[name] for name, factor in self.factors.items() if factor > 0]
         self.tokens = tuple(t for t in TOKEN_TYPES if any(t in one.tokens for one in used))
         self.raw = tuple(t for t in TOKEN_TYPES if any(t in one.raw for one in used))

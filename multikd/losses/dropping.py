@@ -53,8 +53,9 @@ def weigh(
     The factor λ̄ is 1 for balancers of relative weights. For learned ones it is what makes the sum
     Kendall's when nothing is dropped; without it their common scale would not enter the loss.
     Under DDP, which averages gradients, both give the gradient of the global value; the batches of
-    all ranks must have one size. What is not kept is masked, not multiplied by 0: a NaN there
-    reaches neither the total nor a gradient.
+    all ranks must have one size. What is not kept is masked, not multiplied by 0: a NaN there does
+    not reach the total, nor a gradient through ``FeatureLoss``; the backward pass of other losses
+    makes a NaN of 0·NaN.
 
     Args:
         losses: ``(T, B)`` of the teachers that ran.
@@ -80,7 +81,7 @@ def weigh(
         images = all_reduce_sum(keep.sum(1)).clamp(min=1.0)
         share = world_size() * keep.shape[1] / (len(keep) * images)
         weights = weighted * share.unsqueeze(1)
-        return (torch.where(keep > 0, losses, 0.0) * weights).sum() / losses.shape[1], weights
+        return (torch.where(weights > 0, losses, 0.0) * weights).sum() / losses.shape[1], weights
     if normalize == "image":
         divisor = weighted.sum(0)
     elif normalize == "batch":
@@ -92,7 +93,7 @@ def weigh(
     # An image whose kept teachers all weigh 0 has weight 0, not 0/0.
     tiny = torch.finfo(weighted.dtype).tiny
     weights = lambdas.mean() * weighted / divisor.clamp(min=tiny)
-    terms = torch.where(keep > 0, losses, 0.0) * weights
+    terms = torch.where(weights > 0, losses, 0.0) * weights
     return terms.sum() / losses.shape[1], weights
 
 

@@ -205,5 +205,5 @@ def pair_of(
 
 def check_weights(names: str, *weights: float) -> None:
     """Refuse negative weights, and all 0."""
-    if min(weights) < 0 or sum(weights) <= 0:
+    if not all(0.0 <= w < float("inf") for w in weights) or sum(weights) <= 0:
         raise ValueError(f"{names} must be weights of 0 or more, not both 0, received {weights}")

@@ -156,7 +156,8 @@ class LabelLoss(Term):
         if summary is None or self.head is None:
             raise ValueError("a label column needs a student with a summary, and bind() first")
         with without_autocast(summary.device):
-            return self._loss(full_precision(self.head(full_precision(summary))), labels, None)
+            logits = self.head(summary.to(self.head.weight.dtype))
+            return self._loss(full_precision(logits), labels, None)
 
     def _loss(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
         labelled = labels >= 0 if soft is None else soft.sum(1) > 0

@@ -96,7 +96,8 @@ class HintTerm(TeacherTerm):
             for name in present:
                 found = read_layer(cast(Targets, targets)[name], name, self.numbers.get(name))
                 s, y = meeting(rung, found)
-                regressed = full_precision(self.regressors[name](full_precision(s)))
+                regressor = cast(nn.Linear, self.regressors[name])
+                regressed = full_precision(regressor(s.to(regressor.weight.dtype)))
                 losses.append(hint_distance(regressed, full_precision(y)) / len(present))
             return torch.stack(losses).sum(0)
 

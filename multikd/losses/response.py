@@ -201,7 +201,8 @@ class ResponseTerm(TeacherTerm):
                         [self.calibrated(name, found[name])], [1.0], self.temperature
                     )
                     head = self.heads[name]
-                    logits = full_precision(head(full_precision(cast(Tensor, features.summary))))
+                    summary = cast(Tensor, features.summary).to(cast(nn.Linear, head).weight.dtype)
+                    logits = full_precision(head(summary))
                     none = torch.full_like(batch.labels, -1)  # labels are of other classes
                     loss = loss + weights[name] / total * self.divergence(p, logits, none)
             loss = self.alpha * loss

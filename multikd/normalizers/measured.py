@@ -75,11 +75,18 @@ def read_statistics(path: str | Path, teacher: str, widths: Widths) -> dict[Toke
                         f"{path}: the {token} of teacher {teacher!r} are {len(mean)} wide and the "
                         f"teacher gives {width}: {remedy} for this teacher"
                     )
-                found[token] = Statistics(
+                of = Statistics(
                     int(file.get_tensor(f"{prefix}.count")),
                     mean,
                     file.get_tensor(f"{prefix}.covariance"),
                 )
+                finite = bool(torch.isfinite(of.mean).all() & torch.isfinite(of.covariance).all())
+                if of.n < 2 or of.covariance.shape != (width, width) or not finite:
+                    raise ValueError(
+                        f"{path}: the {token} of teacher {teacher!r} are of {of.n} observations, "
+                        f"or not finite, or no covariance of {width} dimensions: {remedy}"
+                    )
+                found[token] = of
             return found
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read as statistics ({error}): {remedy}") from error

@@ -32,6 +32,7 @@ class EMAStandardizer(FeatureNormalizer):
         super().__init__(widths)
         self.momentum_end = momentum_end
         self.total_steps = total_steps
+        self._own_length = total_steps is not None
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: TokenFeatures) -> TokenFeatures:
@@ -67,7 +68,7 @@ class EMAStandardizer(FeatureNormalizer):
 
     def rescale_updates(self, factor: float) -> None:
         """See ``FeatureNormalizer``; a length that the factory has set is in updates and stays."""
-        if factor != 1.0:
+        if factor != 1.0 and not self._own_length:
             self.updates.copy_((self.updates.double() * factor).round().long())
 
     def set_total_steps(self, steps: int) -> None:

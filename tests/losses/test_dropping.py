@@ -219,3 +219,10 @@ def test_dropping_and_weighing_compile_into_one_graph() -> None:
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(losses, positions), step(losses, positions))
+
+
+@pytest.mark.parametrize("normalize", ["image", "batch", "teacher"])
+def test_a_nan_of_a_teacher_that_weighs_nothing_stays_out(normalize: Normalize) -> None:
+    losses = torch.tensor([[1.0, 3.0], [float("nan"), float("nan")]])
+    total, _ = weigh(losses, torch.ones(2, 2), torch.tensor([2.0, 0.0]), normalize)
+    assert total.item() == pytest.approx(2.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -145,6 +146,11 @@ def test_each_column_has_its_own_classifier_and_weight() -> None:
     total.backward()
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
     summary = module.student(made.views[0].float() / 255).features.summary
+    # Under bf16-true its layer is bfloat16, and the loss float32.
+    half = copy.deepcopy(module.terms["colour"]).to(torch.bfloat16)
+    found = half(StudentOutput((), TokenFeatures(summary.bfloat16())), made)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, record.terms["colour"], atol=0.05)
     logits = module.terms["colour"].head(summary)
     assert torch.allclose(
         record.terms["colour"][[0, 1, 3]],

@@ -149,6 +149,16 @@ def test_dispersion_over_ranks() -> None:
     torch.testing.assert_close(joined, values)
 
 
+def test_a_first_image_alone_tells_no_dispersion() -> None:
+    loss, y = AngleLoss(), draw(1)
+    one = TokenFeatures(y.summary[:1])  # type: ignore[index]
+    first = loss(TokenFeatures(draw(2).summary[:1]), one, None)  # type: ignore[arg-type,index]
+    assert first.item() == pytest.approx(squared_angle(draw(2).summary[:1], one.summary).item())  # type: ignore[arg-type,index]
+    assert loss.dispersion.item() == 1.0
+    loss(y, y, None)  # type: ignore[arg-type]
+    assert loss.dispersion.item() != 1.0
+
+
 def test_dispersion_survives_a_checkpoint_a_nan_and_bfloat16() -> None:
     loss = AngleLoss()
     loss.bind(Widths(5, None))

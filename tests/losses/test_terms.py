@@ -190,6 +190,11 @@ def test_a_mapping_adds_probabilities_up(tmp_path: Path) -> None:
     assert torch.equal(read_class_map(path, 4, 2)(logits, 2.0), mapped)
     empty = read_class_map(path, 4, 3)(logits, 1.0)
     assert not torch.softmax(empty, 1)[:, 2].any()
+    # However far a class without one is ahead of the others.
+    path.write_text('{"classes": [null, 0, 1]}')
+    ahead = read_class_map(path, 3, 3)(torch.tensor([[200.0, 0.0, -1.0]]), 1.0)
+    one = torch.softmax(torch.tensor([0.0, -1.0]), 0)
+    assert torch.allclose(torch.softmax(ahead, 1)[0], torch.tensor([*one, 0.0]))
 
 
 @pytest.mark.parametrize(

@@ -288,3 +288,9 @@ def test_files_that_do_not_fit_are_refused(statistics: Path, tmp_path: Path) -> 
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="holds no statistics of teachers"):
         read(tmp_path / "weights.safetensors")
+    few, nan = torch.zeros(12, dtype=torch.float64), torch.full((12, 12), torch.nan).double()
+    for n, covariance in ((0, torch.eye(12).double()), (500, nan), (500, torch.eye(3).double())):
+        of = Statistics(n, few, covariance)
+        write_statistics(tmp_path / "bad.safetensors", {"dino": {"summary": of}}, {"images": n})
+        with pytest.raises(ValueError, match="summary of teacher 'dino' are of"):
+            read(tmp_path / "bad.safetensors")
