@@ -35,6 +35,7 @@ class CovarianceNormalizer(FeatureNormalizer):
 
     images_seen: Tensor
     updates: Tensor
+    least = 0  # observations a dimension, below which a decomposition must wait for the end
 
     def __init__(self, widths: Widths, images: int, every: int | None = None) -> None:
         super().__init__(widths)
@@ -100,8 +101,9 @@ class CovarianceNormalizer(FeatureNormalizer):
                 counted = torch.maximum(counted, rows // per_image)
         self.images_seen += counted
         self.updates += 1
-        if int(self.images_seen) >= self.images or self._due(int(self.updates)):
-            self._decompose()
+        over = int(self.images_seen) >= self.images
+        if over or self._due(int(self.updates)):
+            self._decompose(0 if over else self.least)
 
     def rescale_updates(self, factor: float) -> None:
         """See ``FeatureNormalizer``; ``every``, where the factory has set it, stays in updates."""
@@ -147,9 +149,10 @@ class CovarianceNormalizer(FeatureNormalizer):
         count += n.long()
         return n.long()
 
-    def _decompose(self) -> None:
+    def _decompose(self, least: int = 0) -> None:
         for token in TOKEN_TYPES:
-            if getattr(self.widths, token) is None or int(self._buffer(token, "count")) < 2:
+            width = getattr(self.widths, token)
+            if width is None or int(self._buffer(token, "count")) < max(2, least * width):
                 continue
             count = self._buffer(token, "count").double()
             covariance = self._buffer(token, "scatter") / (count - 1.0)

@@ -43,6 +43,9 @@ class WhiteningNormalizer(CovarianceNormalizer):
     they have less than variance 1.
     """
 
+    # Directions that were not seen yet would be scaled by 1/√floor: 316 times too much.
+    least = 2
+
     def __init__(self, widths: Widths, images: int, every: int | None, floor: float) -> None:
         super().__init__(widths, images, every)
         self.floor = floor

@@ -69,6 +69,13 @@ class TransformerProjectors(ProjectorFactory):
     mlp_ratio: float = 4.0
     layer_scale: float = 1e-4
 
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.mlp_ratio <= 0 or self.layer_scale < 0:
+            raise ValueError(
+                "depth must be 1 or more, mlp_ratio above 0 and layer_scale 0 or more, received "
+                f"{self.depth}, {self.mlp_ratio} and {self.layer_scale}"
+            )
+
     def build(self, student: Widths, teacher: Widths, *, last: bool) -> Projector:
         """See ``ProjectorFactory``."""
         from timm.models.vision_transformer import Block  # takes seconds to import

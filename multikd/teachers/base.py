@@ -123,6 +123,10 @@ class Teacher(nn.Module):
             )
         if mosaic > 1:
             self._check_mosaic(cast(Encoder, module).spec, mosaic)
+            # Its own classifier reads the summary, which a mosaic has none of.
+            module.spec = dataclasses.replace(  # type: ignore[assignment]
+                cast(Encoder, module).spec, num_classes=0
+            )
         self.mosaic = mosaic
         self._head: ClassifierHead | None = None
         if head is not None:
@@ -162,6 +166,9 @@ class Teacher(nn.Module):
         self.channels_last = convolutions > 8 if channels_last is None else channels_last
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
+        real = not any(p.is_meta for p in module.parameters())
+        if dtype == "float16" and self._digest is None and real:
+            self._digest = weight_digest(module)  # rounding twice would give another one
         self._place(lambda tensor: tensor)
         if (pack is None and own and not compile) or pack:
             pack_linears(module)

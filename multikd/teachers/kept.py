@@ -95,6 +95,11 @@ def make_teacher(known: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> Teach
         return remember(Teacher(**kwargs), kwargs)
 
 
+def _load(settings: Mapping[str, Any]) -> Teacher:
+    with torch.random.fork_rng(devices=[]):
+        return Teacher(**settings)
+
+
 class KeptTeacher(Teacher):
     """Stands in for ``Teacher(**settings)`` until it must run.
 
@@ -115,7 +120,7 @@ class KeptTeacher(Teacher):
             (int(h), int(w)): None if grid is None else (int(grid[0]), int(grid[1]))
             for h, w, grid in facts["grids"]
         }
-        self._make: Callable[[], Teacher] = functools.partial(Teacher, **settings)
+        self._make: Callable[[], Teacher] = functools.partial(_load, settings)
         self._device = torch.device("cpu")
         self._borrowed = False
         self._digest = None

@@ -90,6 +90,7 @@ class OnnxEncoder(ImageEncoder):
             source=path,
         )
         self.set_normalization(self.spec.mean, self.spec.std)
+        self._grids[size] = features.grid
 
     @property
     def variant(self) -> str:
@@ -107,9 +108,6 @@ class OnnxEncoder(ImageEncoder):
         Raises:
             ValueError: the graph does not take this size.
         """
-        if image_size == self.spec.image_size and self.spec.widths.patches is not None:
-            side = self.spec.patch_size
-            self._grids.setdefault(image_size, (image_size[0] // side, image_size[1] // side))
         if image_size not in self._grids:
             zeros = np.zeros((1, 3, *image_size), dtype=np.float32)
             self._grids[image_size] = self._run(zeros, image_size).grid

@@ -24,8 +24,9 @@ class OpenClipEncoder(ImageEncoder):
     Args:
         architecture: as open_clip names it (``ViT-B-32``), or ``hf-hub:ORG/REPO`` /
             ``local-dir:PATH``.
-        tag: pretrained tag (``laion2b_s34b_b79k``), fetched from the hub.
-        checkpoint: a local weight file (whole CLIP model or image tower) in place of a tag.
+        tag: pretrained tag (``laion2b_s34b_b79k``), fetched from the hub; with ``checkpoint`` it
+            only says how these weights were trained: activation and normalisation.
+        checkpoint: a local weight file (whole CLIP model or image tower), nothing is fetched.
         image_size: side in pixels; None takes what the weights were trained at.
         mean: overrides the model's own.
         std: overrides the model's own.
@@ -52,7 +53,9 @@ class OpenClipEncoder(ImageEncoder):
         size = _tower_size(visual, image_size)
         features = dry_run(visual, size, _tower_features, name)
         grid = features.grid or (1, 1)
-        own: Mapping[str, Any] = getattr(visual, "preprocess_cfg", None) or {}
+        own: Mapping[str, Any] = (
+            config.get("preprocess") or getattr(visual, "preprocess_cfg", None) or {}
+        )
         self.spec = EncoderSpec(
             name=name,
             widths=features.widths,
@@ -96,8 +99,6 @@ def _build_tower(
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     import open_clip
 
-    if tag is not None and checkpoint is not None:
-        raise ValueError(f"{name}: give either a tag or checkpoint, not both")
     by_schema = architecture.startswith(("hf-hub:", "local-dir:"))
     config: dict[str, Any] = {}
     if not by_schema:
@@ -111,6 +112,7 @@ def _build_tower(
             # The tag's activation wins: the same architecture was trained with both GELUs.
             of_tag = open_clip.get_pretrained_cfg(architecture, tag) or {}
             config["quick_gelu"] = bool(of_tag.get("quick_gelu", False))
+            config["preprocess"] = of_tag
     fetched = not is_skeleton() and checkpoint is None
     try:
         model = open_clip.create_model(

@@ -71,7 +71,7 @@ def load_encoder(
                 )
         return OpenClipEncoder(
             architecture,
-            tag if checkpoint is None else None,
+            tag,
             checkpoint=checkpoint,
             image_size=image_size,
         )
@@ -84,8 +84,7 @@ def load_encoder(
                 f"{name!r} names no weights: write torchvision:{model}.DEFAULT or give "
                 "checkpoint=PATH"
             )
-        named = weights if weights and checkpoint is None else None
-        return TorchvisionEncoder(model, named, checkpoint, image_size)
+        return TorchvisionEncoder(model, weights or None, checkpoint, image_size)
     if checkpoint is not None:
         raise ValueError(f"{name!r} carries its own weights: leave checkpoint out")
     if scheme == "packaged":

@@ -24,7 +24,8 @@ class TorchvisionEncoder(ImageEncoder):
         name: as ``torchvision.models.list_models()`` has it: ``resnet50``, ``vit_b_16``.
         weights: a name of its weights (``IMAGENET1K_V2``, ``DEFAULT``), fetched by torchvision;
             None for random ones.
-        checkpoint: a local weight file in place of them.
+        checkpoint: a local weight file, nothing is fetched; ``weights`` then only says how they
+            were trained: size and preprocessing.
         image_size: side in pixels; None takes what the weights were trained at.
         mean: overrides the weights' own.
         std: overrides the weights' own.
@@ -49,8 +50,6 @@ class TorchvisionEncoder(ImageEncoder):
         import torchvision
 
         full = f"torchvision:{name}" + (f".{weights}" if weights else "")
-        if weights is not None and checkpoint is not None:
-            raise ValueError(f"{full}: give either named weights or checkpoint, not both")
         names = torchvision.models.list_models(module=torchvision.models)
         if name not in names:
             raise unknown_name("torchvision model", name, names)
@@ -61,7 +60,10 @@ class TorchvisionEncoder(ImageEncoder):
         options: dict[str, Any] = {"image_size": side} if vit and image_size else {}
         if name in ("googlenet", "inception_v3") and preset is None:
             options |= {"init_weights": False, "aux_logits": False}
-        self.model = _build(torchvision, full, name, preset, options)
+        if name in ("googlenet", "inception_v3") and preset is not None and checkpoint is not None:
+            options |= {"init_weights": False, "transform_input": True}
+        fetched = preset if checkpoint is None else None
+        self.model = _build(torchvision, full, name, fetched, options)
         if checkpoint is not None and not is_skeleton():
             load_weights(self.model, read_state_dict(checkpoint), checkpoint)
         self.is_vit = isinstance(self.model, torchvision.models.VisionTransformer)
@@ -79,7 +81,8 @@ class TorchvisionEncoder(ImageEncoder):
             fixed_size=self.is_vit,
             num_prefix_tokens=1 if self.is_vit else 0,
             num_classes=0 if features.logits is None else features.logits.shape[-1],
-            licence=licence or ("BSD-3-Clause" if preset is not None else "unknown"),
+            licence=licence
+            or ("BSD-3-Clause" if preset is not None and checkpoint is None else "unknown"),
             source=checkpoint or ("torchvision" if preset is not None else "random weights"),
         )
         self.set_normalization(self.spec.mean, self.spec.std)

@@ -75,7 +75,8 @@ class TrainableTeacher(nn.Module):
 
     def _classifier(self, width: int, num_classes: int | None, head: str | None) -> nn.Linear:
         own = self._own_classifier(width)
-        if head is not None and not is_skeleton():
+        # Without weights a head still says how many classes there are; it may not be fitted yet.
+        if head is not None and (not is_skeleton() or Path(head).is_file()):
             weight, bias = read_head(head, width)
             if num_classes not in (None, len(bias)):
                 raise ValueError(
@@ -83,9 +84,10 @@ class TrainableTeacher(nn.Module):
                     "leave num_classes out, or give the other head"
                 )
             made = nn.Linear(width, len(bias))
-            with torch.no_grad():
-                made.weight.copy_(weight)
-                made.bias.copy_(bias)
+            if not is_skeleton():
+                with torch.no_grad():
+                    made.weight.copy_(weight)
+                    made.bias.copy_(bias)
             return made
         if num_classes is None or (own is not None and own.out_features == num_classes):
             if own is None:

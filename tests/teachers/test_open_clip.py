@@ -134,3 +134,10 @@ def test_the_tag_decides_the_activation() -> None:
     assert openai.variant != laion.variant
     assert laion.spec.widths == Widths(512, 768)
     assert laion.grid_for((224, 224)) == (7, 7)
+    # Also where the weights come from a file.
+    with skeleton(), torch.device("meta"):
+        local = load_encoder("open_clip:ViT-B-32/openai", checkpoint="openai.bin")
+        siglip = load_encoder("open_clip:ViT-B-16-SigLIP/webli", checkpoint="webli.bin")
+    assert local._quick_gelu
+    assert siglip.spec.mean == (0.5, 0.5, 0.5)
+    assert local.spec.source == "openai.bin"

@@ -81,6 +81,11 @@ def test_named_weights_bring_their_preprocessing() -> None:
     assert encoder.spec.image_size == (384, 384)
     assert encoder.spec.licence == "BSD-3-Clause"
     assert encoder.spec.mean == (0.485, 0.456, 0.406)
+    with skeleton(), torch.device("meta"):  # also where they are in a file
+        local = load_encoder("torchvision:inception_v3.IMAGENET1K_V1", checkpoint="i.pth")
+    assert local.spec.image_size == (299, 299)
+    assert local.model.transform_input
+    assert local.spec.licence == "unknown"
     assert any(r.name == "torchvision:resnet50.IMAGENET1K_V2" for r in list_encoders("torchvision"))
 
 
