@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import re
 import signal
 import subprocess
@@ -69,14 +67,22 @@ def test_a_chain_trains_every_stage_on_what_the_earlier_ones_exported_however_of
     # Killed while the first trains, and stopped between the last one's training and export.
     chain, out = write_chain(place, tmp_path / "chain.yaml"), tmp_path / "stopped"
     last = out / "first" / "checkpoints" / "last.ckpt"
-    child = multiprocessing.get_context("fork").Process(
-        target=run_stages, args=(chain, settings(out))
+    # Not by fork: autograd's threads, once a test has started them, do not survive it.
+    script = (
+        "import sys, pathlib\n"
+        "from multikd.fit import run_lightning\n"
+        "from multikd.runs.folder import CONFIG\n"
+        "from multikd.stages import run\n"
+        "from multikd.stages.commands import StagesSettings, run_stages\n"
+        "run.fit_in_process = lambda folder, packages=(): run_lightning(\n"
+        "    ['fit', f'--config={folder / CONFIG}', '--resume', 'auto'])\n"
+        "run_stages(sys.argv[1], StagesSettings(pathlib.Path(sys.argv[2]), progress=False))\n"
     )
-    child.start()
-    while child.is_alive() and not last.exists():
+    child = subprocess.Popen([sys.executable, "-c", script, chain, str(out)])
+    while child.poll() is None and not last.exists():
         time.sleep(0.01)
-    os.kill(child.pid or 0, signal.SIGKILL)
-    child.join()
+    child.kill()
+    child.wait()
     assert last.exists()
     assert not (out / "first" / "result.json").exists()
     export = run.run_export
