@@ -5,6 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXIT_AGAIN = 75
+"""Exit code of a run that should be started again: ``EX_TEMPFAIL`` of sysexits.h."""
+
+
+class PreemptedError(RuntimeError):
+    """The run was asked to stop, saved, and should be started again."""
+
+    exit_code = EXIT_AGAIN
+
 
 class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message names the pip command."""

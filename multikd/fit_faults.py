@@ -7,8 +7,8 @@ import re
 import lightning.pytorch as pl
 import torch
 
-from multikd.callbacks.preemption import EXIT_AGAIN
 from multikd.data.module import ShardDataModule
+from multikd.errors import EXIT_AGAIN
 from multikd.modules.distillation import DistillationModule
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _COVARIANCE_ROWS = 16_384
 COSINE_EPS = 1e-8  # least product of two norms in a cosine, as in torch
@@ -22,6 +22,14 @@ _MIX_2 = 0x94D049BB133111EB
 def full_precision(tensor: Tensor) -> Tensor:
     """float32, or float64 where it is that already (gradient checks)."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def in_own_dtype(layer: nn.Linear, features: Tensor) -> Tensor:
+    """``layer(features)`` in the dtype of its weights (bfloat16 under ``bf16-true``), as float32.
+
+    For layers of a loss, which see features of another dtype and run without autocast.
+    """
+    return full_precision(layer(features.to(layer.weight.dtype)))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -8,11 +8,12 @@ from multikd.callbacks.influence import InfluentialSamples
 from multikd.callbacks.knn_probe import KNNProbe
 from multikd.callbacks.linear_probe import LinearProbe
 from multikd.callbacks.precompute import PrecomputeFeatures
-from multikd.callbacks.preemption import PreemptedError, SaveOnSignal
+from multikd.callbacks.preemption import SaveOnSignal
 from multikd.callbacks.quantization_aware import QuantizationAware
 from multikd.callbacks.spikes import LossSpikes
 from multikd.callbacks.stalled import StallWatch
 from multikd.callbacks.throughput import Throughput
+from multikd.errors import PreemptedError
 
 __all__ = [
     "DataFaults",

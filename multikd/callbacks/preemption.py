@@ -20,18 +20,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from multikd.distributed import all_gather_object, all_reduce_max
+from multikd.errors import EXIT_AGAIN, PreemptedError
 from multikd.saving import CheckpointNotWrittenError, VerifiedCheckpointIO
 
 log = logging.getLogger(__name__)
-
-EXIT_AGAIN = 75
-"""Exit code of a run that should be started again: ``EX_TEMPFAIL`` of sysexits.h."""
-
-
-class PreemptedError(RuntimeError):
-    """The run was asked to stop, saved, and should be started again."""
-
-    exit_code = EXIT_AGAIN
 
 
 class SaveOnSignal(pl.Callback):

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from multikd.callbacks.preemption import EXIT_AGAIN
+from multikd.errors import EXIT_AGAIN
 
 log = logging.getLogger(__name__)
 

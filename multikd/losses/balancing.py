@@ -114,9 +114,9 @@ class UncertaintyWeights(LossBalancer):
         """See ``LossBalancer``; both results carry the gradient of log σ²."""
         rows = self._rows(losses, names)
         chosen = _take(self.log_variance, rows)
-        # A teacher without an image on any rank (a NaN everywhere) has nothing to be balanced by.
-        ran = torch.isfinite(all_reduce_mean(losses.detach().float()))
-        chosen = torch.where(ran, chosen, chosen.detach())
+        # The loss of a teacher without an image on any rank is a NaN on all of them: it has nothing
+        # to be balanced by.
+        chosen = torch.where(torch.isnan(losses.detach()), chosen.detach(), chosen)
         return 0.5 * torch.exp(-chosen), 0.5 * chosen.mean()
 
 

@@ -81,18 +81,18 @@ def weigh(
         images = all_reduce_sum(keep.sum(1)).clamp(min=1.0)
         share = world_size() * keep.shape[1] / (len(keep) * images)
         weights = weighted * share.unsqueeze(1)
-        return (torch.where(weights > 0, losses, 0.0) * weights).sum() / losses.shape[1], weights
-    if normalize == "image":
-        divisor = weighted.sum(0)
-    elif normalize == "batch":
-        # Reduced before λ comes in, so that a learned λ keeps its gradient.
-        kept = all_reduce_sum(keep.sum(1)) / (world_size() * keep.shape[1])
-        divisor = (lambdas * kept).sum()
     else:
-        raise unknown_name("normalize", normalize, get_args(Normalize))
-    # An image whose kept teachers all weigh 0 has weight 0, not 0/0.
-    tiny = torch.finfo(weighted.dtype).tiny
-    weights = lambdas.mean() * weighted / divisor.clamp(min=tiny)
+        if normalize == "image":
+            divisor = weighted.sum(0)
+        elif normalize == "batch":
+            # Reduced before λ comes in, so that a learned λ keeps its gradient.
+            kept = all_reduce_sum(keep.sum(1)) / (world_size() * keep.shape[1])
+            divisor = (lambdas * kept).sum()
+        else:
+            raise unknown_name("normalize", normalize, get_args(Normalize))
+        # An image whose kept teachers all weigh 0 has weight 0, not 0/0.
+        tiny = torch.finfo(weighted.dtype).tiny
+        weights = lambdas.mean() * weighted / divisor.clamp(min=tiny)
     terms = torch.where(weights > 0, losses, 0.0) * weights
     return terms.sum() / losses.shape[1], weights
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multikd.errors import unknown_name
-from multikd.functional import full_precision, where_images, without_autocast
+from multikd.functional import full_precision, in_own_dtype, where_images, without_autocast
 from multikd.losses.term import Term
 from multikd.types import Batch, StudentOutput
 
@@ -156,8 +156,7 @@ class LabelLoss(Term):
         if summary is None or self.head is None:
             raise ValueError("a label column needs a student with a summary, and bind() first")
         with without_autocast(summary.device):
-            logits = self.head(summary.to(self.head.weight.dtype))
-            return self._loss(full_precision(logits), labels, None)
+            return self._loss(in_own_dtype(self.head, summary), labels, None)
 
     def _loss(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
         labelled = labels >= 0 if soft is None else soft.sum(1) > 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from multikd.functional import full_precision, per_image, without_autocast
+from multikd.functional import full_precision, in_own_dtype, per_image, without_autocast
 from multikd.grids import resample_patches, target_grid
 from multikd.losses.term import Targets, TeacherTerm, chosen_teachers, nothing, nothing_of
 from multikd.types import Batch, StudentOutput, TokenFeatures
@@ -96,8 +96,7 @@ class HintTerm(TeacherTerm):
             for name in present:
                 found = read_layer(cast(Targets, targets)[name], name, self.numbers.get(name))
                 s, y = meeting(rung, found)
-                regressor = cast(nn.Linear, self.regressors[name])
-                regressed = full_precision(regressor(s.to(regressor.weight.dtype)))
+                regressed = in_own_dtype(cast(nn.Linear, self.regressors[name]), s)
                 losses.append(hint_distance(regressed, full_precision(y)) / len(present))
             return torch.stack(losses).sum(0)
 

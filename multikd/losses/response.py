@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multikd.functional import full_precision, where_images, without_autocast
+from multikd.functional import full_precision, in_own_dtype, where_images, without_autocast
 from multikd.losses.classes import ClassMap, read_class_map
 from multikd.losses.term import Targets, TeacherTerm, chosen_teachers, nothing, nothing_of
 from multikd.types import Batch, StudentOutput, TokenFeatures
@@ -200,9 +200,8 @@ class ResponseTerm(TeacherTerm):
                     p = ensemble_probabilities(
                         [self.calibrated(name, found[name])], [1.0], self.temperature
                     )
-                    head = self.heads[name]
-                    summary = cast(Tensor, features.summary).to(cast(nn.Linear, head).weight.dtype)
-                    logits = full_precision(head(summary))
+                    head = cast(nn.Linear, self.heads[name])
+                    logits = in_own_dtype(head, cast(Tensor, features.summary))
                     none = torch.full_like(batch.labels, -1)  # labels are of other classes
                     loss = loss + weights[name] / total * self.divergence(p, logits, none)
             loss = self.alpha * loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,10 @@ class FeatureNormalizer(KeepsDtype):
 
     def state_restored(self) -> None:
         """Called after buffers were set from outside (loaded, put back): forget what they said."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.state_restored()
 
     def forward(self, features: TokenFeatures) -> TokenFeatures:
         """Standardise with the current statistics.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +165,3 @@ class CovarianceNormalizer(FeatureNormalizer):
     def state_restored(self) -> None:
         """See ``FeatureNormalizer``: the next update looks at what is there."""
         self._frozen = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.state_restored()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,10 +206,6 @@ class FixedStandardizer(FeatureNormalizer):
     def state_restored(self) -> None:
         """See ``FeatureNormalizer``: the next update looks at what is there."""
         self._frozen = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.state_restored()
 
 
 class GlobalStandardizer(FixedStandardizer):

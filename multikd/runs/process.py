@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from multikd.errors import EXIT_AGAIN, PreemptedError
 from multikd.files import file_lock
 from multikd.redaction import redact
 from multikd.runs.folder import CONFIG
 
 LOG = "fit.log"
-EXIT_AGAIN = 75  # that of multikd.callbacks.preemption, which imports torch
 _WATCH_SECONDS = 1.0
 _PATIENCE_SECONDS = 60
 
@@ -63,8 +63,6 @@ def fit_in_process(folder: Path, packages: Sequence[str] = ()) -> None:
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code == EXIT_AGAIN or stop.asked:
-        from multikd.callbacks.preemption import PreemptedError
-
         raise PreemptedError(
             f"{folder}: {_last_words(path) if code == EXIT_AGAIN else 'it was asked to stop'}; "
             "run the same command again to go on"

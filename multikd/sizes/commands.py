@@ -68,8 +68,8 @@ def run_sizes(name: str, settings: SizesSettings) -> tuple[str, dict[str, Any]]:
     try:
         with file_lock(out / "lock", wait=False):
             # Measured once: a second measurement could change which sizes are within the budget.
-            costs = _measure(search, out, _kept_costs(search, out))
             students = _students(search, out)
+            costs = _measure(search, out, _kept_costs(search, out, students))
             content = {"budget": repr(search.budget), "students": students, "costs": costs}
             write_text_atomically(out / COSTS, json.dumps(content, indent=1))
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -83,20 +83,20 @@ def run_sizes(name: str, settings: SizesSettings) -> tuple[str, dict[str, Any]]:
     return _told(search, out, costs)
 
 
-def _students(search: Search, out: Path) -> dict[str, Any]:
+def _students(search: Search, out: Path) -> dict[str, str]:
     """Size → the student's part of its config: what its cost depends on, beside the budget."""
-    runs = {size: SizeRun(size, search.seeds[0]) for size in search.sizes}
-    return {n: get(size_config(search, run, out), "model.student") for n, run in runs.items()}
+    configs = {n: size_config(search, SizeRun(n, search.seeds[0]), out) for n in search.sizes}
+    return {n: json.dumps(get(c, "model.student"), default=str) for n, c in configs.items()}
 
 
-def _kept_costs(search: Search, out: Path) -> dict[str, Any]:
+def _kept_costs(search: Search, out: Path, students: dict[str, str]) -> dict[str, Any]:
     """Costs measured before, of sizes whose student is still the same."""
     try:
         content = read_json(out / COSTS)
         if content["budget"] != repr(search.budget):
             return {}
-        now = json.loads(json.dumps(_students(search, out)))
-        return {s: c for s, c in content["costs"].items() if content["students"].get(s) == now[s]}
+        had = content["students"]
+        return {n: content["costs"][n] for n in students if had.get(n) == students[n]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -156,19 +156,20 @@ class Teacher(nn.Module):
         module.eval().requires_grad_(False)
         # Past nn.Module's registration, on purpose (see the module's docstring).
         object.__setattr__(self, "_encoder", module)
-        if (fold is None and own) or fold:
-            norms = any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
-            if norms and not any(p.is_meta for p in module.parameters()):
-                self._digest = weight_digest(module)  # of the weights as they were given
+        folds = (fold is None and own) or bool(fold)
+        norms = folds and any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+        real = not any(p.is_meta for p in module.parameters())
+        # Of the weights as they were given: folding changes them, and what was rounded to float16
+        # would be rounded twice.
+        if real and (norms or dtype == "float16"):
+            self._digest = weight_digest(module)
+        if folds:
             fold_batch_norms(module, self.spec.image_size)
             module.requires_grad_(False)
         convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
         self.channels_last = convolutions > 8 if channels_last is None else channels_last
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
-        real = not any(p.is_meta for p in module.parameters())
-        if dtype == "float16" and self._digest is None and real:
-            self._digest = weight_digest(module)  # rounding twice would give another one
         self._place(lambda tensor: tensor)
         if (pack is None and own and not compile) or pack:
             pack_linears(module)

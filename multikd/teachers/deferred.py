@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
 
 from multikd.backbones import skeleton
 from multikd.teachers.base import Teacher
-from multikd.teachers.kept import KeptTeacher, remember
+from multikd.teachers.kept import KeptTeacher, load_teacher, remember
 from multikd.types import Grid, Widths
 
 
@@ -38,7 +37,6 @@ class DeferredTeacher(KeptTeacher):
         }
         super().__init__(facts, settings)
         self.__dict__["_bones"] = bones
-        self._make = functools.partial(_load, settings)
 
     @property
     def widths(self) -> Widths:
@@ -64,11 +62,5 @@ class DeferredTeacher(KeptTeacher):
 def defer_teacher(**kwargs: Any) -> Teacher:
     """A teacher by name without its weights; one whose encoder is an object is built at once."""
     if not isinstance(kwargs.get("encoder"), str):
-        return _load(kwargs)
+        return load_teacher(kwargs)
     return remember(DeferredTeacher(kwargs), kwargs)
-
-
-def _load(settings: dict[str, Any]) -> Teacher:
-    # Ranks load different teachers, and must go on with the same random numbers.
-    with torch.random.fork_rng(devices=[]):
-        return remember(Teacher(**settings), settings)

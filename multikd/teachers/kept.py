@@ -89,15 +89,17 @@ def make_teacher(known: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> Teach
             return remember(KeptTeacher(facts, kwargs), kwargs)
         except (KeyError, TypeError, ValueError):
             pass  # a stranger's notes: the teacher itself is better
-    # Weights are drawn before they are loaded: the student's must not depend on who teaches it, nor
-    # on whether the teachers are loaded at all.
-    with torch.random.fork_rng(devices=[]):
-        return remember(Teacher(**kwargs), kwargs)
+    return load_teacher(kwargs)
 
 
-def _load(settings: Mapping[str, Any]) -> Teacher:
+def load_teacher(settings: Mapping[str, Any]) -> Teacher:
+    """``Teacher(**settings)``, which draws no random numbers from the run.
+
+    Weights are drawn before they are loaded: the student's must not depend on who teaches it, on
+    whether the teachers are loaded at all or when, nor, with a partition, on the rank.
+    """
     with torch.random.fork_rng(devices=[]):
-        return Teacher(**settings)
+        return remember(Teacher(**settings), settings)
 
 
 class KeptTeacher(Teacher):
@@ -120,7 +122,7 @@ class KeptTeacher(Teacher):
             (int(h), int(w)): None if grid is None else (int(grid[0]), int(grid[1]))
             for h, w, grid in facts["grids"]
         }
-        self._make: Callable[[], Teacher] = functools.partial(_load, settings)
+        self._make: Callable[[], Teacher] = functools.partial(load_teacher, settings)
         self._device = torch.device("cpu")
         self._borrowed = False
         self._digest = None

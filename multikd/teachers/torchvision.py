@@ -58,11 +58,11 @@ class TorchvisionEncoder(ImageEncoder):
         vit = name.startswith("vit_")
         side = image_size or (transforms.crop_size[0] if transforms is not None else 224)
         options: dict[str, Any] = {"image_size": side} if vit and image_size else {}
-        if name in ("googlenet", "inception_v3") and preset is None:
-            options |= {"init_weights": False, "aux_logits": False}
-        if name in ("googlenet", "inception_v3") and preset is not None and checkpoint is not None:
-            options |= {"init_weights": False, "transform_input": True}
         fetched = preset if checkpoint is None else None
+        if name in ("googlenet", "inception_v3") and fetched is None:
+            # Torchvision turns the input's transform on for the weights that it fetches.
+            own = {"aux_logits": False} if preset is None else {"transform_input": True}
+            options |= {"init_weights": False, **own}
         self.model = _build(torchvision, full, name, fetched, options)
         if checkpoint is not None and not is_skeleton():
             load_weights(self.model, read_state_dict(checkpoint), checkpoint)
@@ -81,9 +81,8 @@ class TorchvisionEncoder(ImageEncoder):
             fixed_size=self.is_vit,
             num_prefix_tokens=1 if self.is_vit else 0,
             num_classes=0 if features.logits is None else features.logits.shape[-1],
-            licence=licence
-            or ("BSD-3-Clause" if preset is not None and checkpoint is None else "unknown"),
-            source=checkpoint or ("torchvision" if preset is not None else "random weights"),
+            licence=licence or ("unknown" if fetched is None else "BSD-3-Clause"),
+            source=checkpoint or ("random weights" if fetched is None else "torchvision"),
         )
         self.set_normalization(self.spec.mean, self.spec.std)
 

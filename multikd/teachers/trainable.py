@@ -84,10 +84,9 @@ class TrainableTeacher(nn.Module):
                     "leave num_classes out, or give the other head"
                 )
             made = nn.Linear(width, len(bias))
-            if not is_skeleton():
-                with torch.no_grad():
-                    made.weight.copy_(weight)
-                    made.bias.copy_(bias)
+            with torch.no_grad():  # onto the meta device of a skeleton nothing is copied
+                made.weight.copy_(weight)
+                made.bias.copy_(bias)
             return made
         if num_classes is None or (own is not None and own.out_features == num_classes):
             if own is None:

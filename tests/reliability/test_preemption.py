@@ -16,8 +16,9 @@ import torch
 import yaml
 from data.shard_maker import make_shards
 
-from multikd.callbacks.preemption import EXIT_AGAIN, SaveOnSignal
+from multikd.callbacks.preemption import SaveOnSignal
 from multikd.cli import main
+from multikd.errors import EXIT_AGAIN
 
 SIGNALS = """
 import json, os, signal, lightning.pytorch as pl
