@@ -62,7 +62,8 @@ def fit_in_process(folder: Path, packages: Sequence[str] = ()) -> None:
             raise
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    if code == EXIT_AGAIN or stop.asked:
+    # Ended by the signal itself (it came before training took it over), or just done.
+    if code == EXIT_AGAIN or (stop.asked and code <= 0):
         raise PreemptedError(
             f"{folder}: {_last_words(path) if code == EXIT_AGAIN else 'it was asked to stop'}; "
             "run the same command again to go on"

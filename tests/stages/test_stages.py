@@ -154,6 +154,30 @@ def test_a_signal_is_passed_on_once_and_the_run_saves_first(
         assert "run the same command again" in said
 
 
+def test_a_run_that_fails_upon_a_signal_has_failed(tmp_path: Path) -> None:
+    told = (
+        "import os, pathlib, signal, subprocess, sys, threading, time\n"
+        "from multikd.runs import process\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "fails = 'import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: '\n"
+        "fails += 'sys.exit(\"multikd: no room for the checkpoint\")); '\n"
+        "fails += 'pathlib.Path(sys.argv[1], \"up\").touch(); time.sleep(60)'\n"
+        "real = subprocess.Popen\n"
+        "subprocess.Popen = lambda command, **more: real(\n"
+        "    [sys.executable, '-c', fails, str(folder)], **more)\n"
+        "def ask():\n"
+        "    while not (folder / 'up').exists(): time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "threading.Thread(target=ask, daemon=True).start()\n"
+        "try: process.fit_in_process(folder)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", told, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout.startswith("ValueError no room for the checkpoint (code 1"), ended
+
+
 # --- refused before anything trains -----------------------------------------------------------
 
 
