@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -78,7 +79,9 @@ def test_a_chain_trains_every_stage_on_what_the_earlier_ones_exported_however_of
         "    ['fit', f'--config={folder / CONFIG}', '--resume', 'auto'])\n"
         "run_stages(sys.argv[1], StagesSettings(pathlib.Path(sys.argv[2]), progress=False))\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", script, chain, str(out)])
+    # One thread as here, for the same bits.
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", script, chain, str(out)], env=one_thread)
     while child.poll() is None and not last.exists():
         time.sleep(0.01)
     child.kill()
