@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 _COVARIANCE_ROWS = 16_384
 COSINE_EPS = 1e-8  # least product of two norms in a cosine, as in torch
+_BLOCK = 1 << 18  # numbers that a CPU works on at a time: a megabyte of float32 stays in its cache
 
 _MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -97,19 +98,32 @@ def token_distance(
 ) -> Tensor:
     """``cosine · cosine_distance + smooth · smooth_l1``, in one piece: ``(…, D)`` → ``(…)``.
 
-    The same numbers and gradients as the two functions, in fewer passes over memory. A vector
+    The same numbers and gradients as the two functions, in fewer passes over memory: on a CPU some
+    images at a time, and backward only those whose distance gets a gradient. A vector
     whose distance gets no gradient passes none on, even if it holds a NaN: what is masked
     out of a loss with ``torch.where`` is gone, where autograd would multiply 0 by NaN.
 
     Args:
-        prediction: float32 or float64.
-        target: same shape and dtype.
+        prediction: of two dimensions or more; half precisions are computed in float32.
+        target: same shape.
         cosine: weight of the cosine distance.
         smooth: weight of smooth-L1.
         beta: of smooth-L1, 0 or more.
+
+    Returns:
+        float32, or float64 for float64.
     """
     distance: Tensor = _TokenDistance.apply(prediction, target, cosine, smooth, beta)
     return distance
+
+
+def _blocks(tensor: Tensor) -> list[slice]:
+    """Of the first dimension: as many as fit into a CPU's cache; elsewhere all in one."""
+    count = len(tensor)
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or not tensor.numel():
+        return [slice(0, count)]
+    step = max(1, _BLOCK * count // tensor.numel())
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 class _TokenDistance(torch.autograd.Function):
@@ -117,36 +131,74 @@ class _TokenDistance(torch.autograd.Function):
     def forward(
         ctx: Any, s: Tensor, y: Tensor, cosine: float, smooth: float, beta: float
     ) -> Tensor:
-        norm_s = torch.linalg.vector_norm(s, dim=-1)
-        norm_y = torch.linalg.vector_norm(y, dim=-1)
-        norms = (norm_s * norm_y).clamp(min=COSINE_EPS)
-        similarity = (s * y).sum(-1) / norms
-        ctx.save_for_backward(s, y, norm_s, norm_y, norms, similarity)
+        found = []
+        for block in _blocks(s):
+            a, b = full_precision(s[block]), full_precision(y[block])
+            norm_a = torch.linalg.vector_norm(a, dim=-1)
+            norm_b = torch.linalg.vector_norm(b, dim=-1)
+            similarity = (a * b).sum(-1) / (norm_a * norm_b).clamp(min=COSINE_EPS)
+            distance = cosine * (1.0 - similarity) + smooth * smooth_l1(a, b, beta)
+            found.append((norm_a, norm_b, similarity, distance))
+        norm_s, norm_y, similarity, distance = (
+            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*found, strict=True)
+        )
+        ctx.save_for_backward(s, y, norm_s, norm_y, similarity)
         ctx.weights = (cosine, smooth, beta)
-        distance: Tensor = cosine * (1.0 - similarity) + smooth * smooth_l1(s, y, beta)
         return distance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        s, y, norm_s, norm_y, norms, similarity = ctx.saved_tensors
-        cosine, smooth, beta = ctx.weights
-        across = -cosine * gradient / norms
-        # d smoothL1/ds is the difference cut at ±β, over β; its sign for β = 0.
-        huber = (s - y).sign_() if beta == 0 else (s - y).clamp_(-beta, beta)
-        huber *= (gradient * (smooth / (s.shape[-1] * (beta or 1.0)))).unsqueeze(-1)
-        unused = (gradient == 0).unsqueeze(-1)
-
-        def toward(own: Tensor, other: Tensor, norm: Tensor, rest: Tensor) -> Tensor:
-            # Where the product of the norms is clamped, it does not depend on them.
-            free = (norms > COSINE_EPS) & (norm > 0)
-            along = torch.where(free, cosine * gradient * similarity / norm.square(), 0.0)
-            rest.addcmul_(other, across.unsqueeze(-1)).addcmul_(own, along.unsqueeze(-1))
-            return rest.masked_fill_(unused, 0.0)
-
-        to_y = toward(y, s, norm_y, -huber) if ctx.needs_input_grad[1] else None
-        to_s = toward(s, y, norm_s, huber) if ctx.needs_input_grad[0] else None
+        s, y, *rest = ctx.saved_tensors
+        blocks = _blocks(s)
+        to_s, to_y = (
+            torch.empty_like(side, memory_format=torch.contiguous_format) if wanted else None
+            for side, wanted in zip((s, y), ctx.needs_input_grad[:2], strict=True)
+        )
+        for block in blocks:
+            own = gradient[block]
+            if len(blocks) > 1 and not own.any():  # only on CPUs, where asking costs no wait
+                changes: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
+            else:
+                parts = [tensor[block] for tensor in rest]
+                sides = full_precision(s[block]), full_precision(y[block])
+                changes = _distance_backward(own, sides, parts, ctx.weights, to_y is not None)
+            for side, change in zip((to_s, to_y), changes, strict=True):
+                if side is not None:
+                    side[block] = change
         return to_s, to_y, None, None, None
+
+
+def _distance_backward(
+    gradient: Tensor,
+    sides: tuple[Tensor, Tensor],
+    found: Sequence[Tensor],
+    weights: tuple[float, float, float],
+    both: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``token_distance`` toward both sides; without ``both`` the second is empty.
+
+    Args:
+        found: norms of both sides, and their cosine.
+    """
+    (s, y), (norm_s, norm_y, similarity) = sides, found
+    cosine, smooth, beta = weights
+    norms = (norm_s * norm_y).clamp(min=COSINE_EPS)
+    across = -cosine * gradient / norms
+    # d smoothL1/ds is the difference cut at ±β, over β; its sign for β = 0.
+    huber = (s - y).sign_() if beta == 0 else (s - y).clamp_(-beta, beta)
+    huber *= (gradient * (smooth / (s.shape[-1] * (beta or 1.0)))).unsqueeze(-1)
+    unused = gradient == 0
+
+    def toward(own: Tensor, other: Tensor, norm: Tensor, rest: Tensor) -> Tensor:
+        # Where the product of the norms is clamped, it does not depend on them.
+        free = (norms > COSINE_EPS) & (norm > 0)
+        along = torch.where(free, cosine * gradient * similarity / norm.square(), 0.0)
+        rest.addcmul_(other, across.unsqueeze(-1)).addcmul_(own, along.unsqueeze(-1))
+        return rest.masked_fill_(unused.unsqueeze(-1), 0.0)
+
+    to_y = toward(y, s, norm_y, -huber) if both else s.new_empty(0)
+    return toward(s, y, norm_s, huber), to_y
 
 
 def per_image(values: Tensor) -> Tensor:

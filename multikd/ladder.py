@@ -88,8 +88,9 @@ class Ladder(nn.Module):
                 mix patches.
 
         Returns:
-            name → prediction in the teacher's widths, float32 where it is a sum of several rungs
-            (half precisions would lose digits in it).
+            name → prediction in the teacher's widths: of MLPs, which are summed over the rungs in
+            one product, in the dtype of autocast; of other projectors float32 where it is a sum
+            of several rungs (half precisions would lose digits in it).
 
         Raises:
             ValueError: for an unknown teacher or the wrong number of rungs.

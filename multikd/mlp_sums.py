@@ -7,7 +7,7 @@ section 1). Shapes: T outputs, R inputs, M = B·N rows, D_r, H_{t,r} hidden, D_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,11 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multikd.functional import autocast_dtype, full_precision, without_autocast
-
-# Hidden units of one output worked on at a time: enough for products at full speed, and so few
-# that a batch of them stays in a CPU's cache and what is kept is freed bit by bit.
-_CHUNK = 2048
+from multikd.functional import autocast_dtype, without_autocast
 
 
 class MLP(NamedTuple):
@@ -37,7 +33,8 @@ def mlp_sums(
     """Each output's sum over inputs of MLPs, with an exact GELU.
 
     Lean in memory: kept for the backward pass are the inputs (once for all outputs) and the hidden
-    units before the GELU, which is computed again. Of an output's rows
+    units before the GELU, which is computed again; an output's are freed as soon as its gradients
+    are there. Of an output's rows
     whose gradient is zero throughout an image, nothing is computed in the backward pass:
     dropped (image, teacher) pairs cost a forward pass only, and a NaN in them reaches no gradient.
     Differentiable once. Under ``torch.compile`` the same sums are plain operations.
@@ -49,9 +46,8 @@ def mlp_sums(
             accelerator wait for its queue. None: on CPUs.
 
     Returns:
-        T tensors ``(B, D_t)`` or ``(B, N, D_t)``: of one input in the dtype of autocast, or of the
-        weights; of several in float32, since half precisions would lose digits in the sum (float64
-        stays).
+        T tensors ``(B, D_t)`` or ``(B, N, D_t)`` in the dtype of autocast, or of the weights. The
+        sum over inputs is taken within one product, so half precisions are rounded once.
 
     Raises:
         ValueError: no output, or one without an MLP for every input.
@@ -64,29 +60,10 @@ def mlp_sums(
     device = inputs[0].device
     dtype = autocast_dtype(device) or outputs[0][0].w1.dtype
     if torch.compiler.is_compiling():
-        results = _plain(inputs, outputs, dtype)
-        return [full_precision(y) for y in results] if len(inputs) > 1 else results
+        return _plain(inputs, outputs, dtype)
     skip = device.type == "cpu" if skip_unused is None else skip_unused
-    totals: list[Tensor] = []
-    for start, end in _chunks(outputs):
-        flat = [tensor for mlps in outputs for mlp in mlps[start:end] for tensor in mlp]
-        parts = _MLPSums.apply(end - start, dtype, skip, *inputs[start:end], *flat)
-        if len(inputs) > 1:
-            parts = [full_precision(part) for part in parts]
-        totals = [a + b for a, b in zip(totals, parts, strict=True)] if totals else list(parts)
-    return totals
-
-
-def _chunks(outputs: Sequence[Sequence[MLP]]) -> list[tuple[int, int]]:
-    """Runs of inputs whose hidden units of one output stay below ``_CHUNK``, if there are two."""
-    widths = [max(output[r].w1.shape[0] for output in outputs) for r in range(len(outputs[0]))]
-    starts, units = [0], 0
-    for r, width in enumerate(widths):
-        if units and units + width > _CHUNK:
-            starts.append(r)
-            units = 0
-        units += width
-    return list(pairwise([*starts, len(widths)]))
+    flat = [tensor for mlps in outputs for mlp in mlps for tensor in mlp]
+    return list(_MLPSums.apply(len(inputs), dtype, skip, *inputs, *flat))
 
 
 def _plain(
@@ -142,39 +119,26 @@ class _MLPSums(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         count, dtype, skip, shape, dtypes = ctx.facts
         saved = ctx.saved_tensors
-        rows, hidden = saved[:count], saved[count : count + len(gradients)]
+        if hasattr(ctx, "maybe_clear_saved_tensors"):  # not where the graph is kept
+            ctx.maybe_clear_saved_tensors()
+        rows, hidden = saved[:count], list(saved[count : count + len(gradients)])
         mlps = _grouped(saved[count + len(gradients) :], count)
+        del saved
         wanted = ctx.needs_input_grad[3 : 3 + count]
-        several = len(gradients) > 1
         to_inputs: list[Tensor | None] = [None] * count
         to_weights: list[Tensor | None] = []
         with without_autocast(rows[0].device):
-            for gradient, units, own in zip(gradients, hidden, mlps, strict=True):
+            for t, (gradient, own) in enumerate(zip(gradients, mlps, strict=True)):
                 if gradient is None:
                     to_weights += [None] * (4 * count)
                     continue
+                held, hidden[t] = [hidden[t]], None
                 chosen = _used(gradient) if skip else None
-                weights, toward = _backward_of(gradient, units, rows, own, chosen, dtype, wanted)
-                to_weights += weights
-                for r, change in enumerate(toward):
-                    if change is None:
-                        continue
-                    total = to_inputs[r]
-                    if total is None:
-                        if chosen is None:
-                            to_inputs[r] = (
-                                change.float() if several and dtype.itemsize < 4 else change
-                            )
-                            continue
-                        wide = torch.float32 if dtype.itemsize < 4 else dtype
-                        total = torch.zeros(rows[r].shape, dtype=wide, device=change.device)
-                        to_inputs[r] = total
-                    if chosen is None:
-                        total += change
-                    else:
-                        images = total.view(shape[0], -1)
-                        change = change.view(len(chosen), images.shape[1])
-                        images.index_add_(0, chosen, change.to(total.dtype))
+                found = _backward_of(gradient, held, rows, own, chosen, dtype, wanted)
+                for r, (of_mlp, change) in enumerate(found):
+                    to_weights += of_mlp
+                    if change is not None:
+                        to_inputs[r] = _added(to_inputs[r], change, chosen, rows[r].shape, shape[0])
             shaped = [
                 None if g is None else g.view(*shape, -1).to(kind)
                 for g, kind in zip(to_inputs, dtypes, strict=True)
@@ -182,16 +146,40 @@ class _MLPSums(torch.autograd.Function):
         return (None, None, None, *shaped, *to_weights)
 
 
+def _added(
+    total: Tensor | None, change: Tensor, chosen: Tensor | None, shape: torch.Size, images: int
+) -> Tensor:
+    """An input's gradient with that of one more output, of its chosen images.
+
+    In float32 from the second output on, since half precisions would lose digits.
+    """
+    if chosen is None and total is None:
+        return change
+    wide = torch.float32 if change.dtype.itemsize < 4 else change.dtype
+    if total is None:
+        total = torch.zeros(shape, dtype=wide, device=change.device)
+    total = total.to(wide)
+    if chosen is None:
+        return total.add_(change)
+    by_image = total.view(images, -1)
+    by_image.index_add_(0, chosen, change.view(len(chosen), by_image.shape[1]).to(wide))
+    return total
+
+
 def _backward_of(
     gradient: Tensor,
-    units: Tensor,
+    held: list[Tensor],
     rows: Sequence[Tensor],
     mlps: Sequence[MLP],
     chosen: Tensor | None,
     dtype: torch.dtype,
     wanted: Sequence[bool],
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """One output's gradients: of its weights (four a MLP), and of the chosen rows of each input."""
+) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """One output's gradients, input by input: of its MLP's four weights, and of its chosen rows.
+
+    Args:
+        held: the hidden units, alone in a list that is emptied, so that they can be freed.
+    """
     images = gradient.shape[0]
     width = gradient.shape[-1]
 
@@ -200,25 +188,24 @@ def _backward_of(
             return tensor
         return tensor.view(images, -1).index_select(0, chosen).view(-1, tensor.shape[-1])
 
-    g, units = of(gradient.reshape(-1, width)).to(dtype), of(units)
-    to_w2 = g.t() @ F.gelu(units)
+    g, units = of(gradient.reshape(-1, width)).to(dtype), of(held.pop())
+    active = F.gelu(units)
+    to_w2 = g.t() @ active
     to_b2 = g.sum(0)  # accumulated in float32, whatever the dtype
-    toward_hidden = g @ _side_by_side([mlp.w2 for mlp in mlps], dtype)
+    joined = _side_by_side([mlp.w2 for mlp in mlps], dtype)
+    toward_hidden = torch.mm(g, joined, out=active)  # the activations' memory once more
     torch.ops.aten.gelu_backward.grad_input(toward_hidden, units, grad_input=toward_hidden)
+    del units
     to_b1 = toward_hidden.sum(0)
-    to_weights: list[Tensor | None] = []
-    toward: list[Tensor | None] = []
-    ends = _ends(mlps)
-    for (start, end), x, mlp, wants in zip(pairwise(ends), rows, mlps, wanted, strict=True):
+    for (start, end), x, mlp, wants in zip(pairwise(_ends(mlps)), rows, mlps, wanted, strict=True):
         part = toward_hidden[:, start:end]
-        to_weights += [
+        to_mlp = [
             (part.t() @ of(x)).to(mlp.w1.dtype),
             to_b1[start:end].to(mlp.b1.dtype, copy=True),
             to_w2[:, start:end].to(mlp.w2.dtype, copy=True, memory_format=torch.contiguous_format),
             to_b2.to(mlp.b2.dtype, copy=True),
         ]
-        toward.append(part @ mlp.w1.to(dtype) if wants else None)
-    return to_weights, toward
+        yield to_mlp, part @ mlp.w1.to(dtype) if wants else None
 
 
 def _hidden(rows: Sequence[Tensor], mlps: Sequence[MLP], dtype: torch.dtype) -> Tensor:
@@ -232,16 +219,19 @@ def _hidden(rows: Sequence[Tensor], mlps: Sequence[MLP], dtype: torch.dtype) -> 
 
 def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Second layers of one output: ``(D_t, Σ H)``, written in their final dtype at once."""
-    joined = weights[0].new_empty(
-        (weights[0].shape[0], sum(w.shape[1] for w in weights)), dtype=dtype
-    )
-    torch.cat([w.to(dtype) for w in weights], dim=1, out=joined)
+    widths = [w.shape[1] for w in weights]
+    joined = weights[0].new_empty((weights[0].shape[0], sum(widths)), dtype=dtype)
+    for part, weight in zip(torch.split(joined, widths, dim=1), weights, strict=True):
+        part.copy_(weight)
     return joined
 
 
 def _used(gradient: Tensor) -> Tensor | None:
     """Indices of the images whose gradient is not zero throughout; None for all."""
-    used = gradient.flatten(1).any(1)
+    images = gradient.flatten(1)
+    used = images[:, : gradient.shape[-1]].any(1)  # nearly always the first token tells
+    for image in (~used).nonzero().squeeze(1).tolist():
+        used[image] = bool(torch.count_nonzero(images[image]))
     chosen = used.nonzero().squeeze(1)
     return None if len(chosen) == len(used) else chosen
 

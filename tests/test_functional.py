@@ -83,6 +83,43 @@ def test_token_distance_is_the_sum_of_the_two(weights: tuple[float, float, float
         assert torch.autograd.gradcheck(lambda a, b: M.token_distance(a, b, *weights), (s, y))
 
 
+@pytest.mark.parametrize("block", [1, 50])
+def test_token_distance_in_blocks_of_images_is_the_same(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s, y = (torch.randn(5, 4, 6, requires_grad=True) for _ in range(2))
+    with torch.no_grad():
+        s[3] = torch.nan  # an image that is dropped
+    gradient = torch.randn(5, 4)
+    gradient[3] = gradient[1] = 0
+    gradient[0, 2] = 0
+
+    def values() -> list[torch.Tensor]:
+        distance = M.token_distance(s, y, 0.5, 0.5, 1.0)
+        return [distance, *torch.autograd.grad(distance, (s, y), gradient)]
+
+    whole = values()
+    monkeypatch.setattr(M, "_BLOCK", block)
+    for one, other in zip(values(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7, equal_nan=True)
+    assert not whole[1][1].any()
+    assert not whole[1][3].any()
+
+
+def test_token_distance_of_half_precisions_is_computed_in_float32() -> None:
+    s, y = torch.randn(3, 4, 64), torch.randn(3, 4, 64)
+    half = s.bfloat16().requires_grad_()
+    single = half.detach().float().requires_grad_()
+    distance = M.token_distance(half, y, 0.5, 0.5, 1.0)
+    expected = M.token_distance(single, y, 0.5, 0.5, 1.0)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance, expected, rtol=0, atol=0)
+    distance.sum().backward()
+    expected.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(half.grad, single.grad.bfloat16(), rtol=0, atol=0)
+
+
 def test_token_distance_of_zero_vectors_has_finite_gradients() -> None:
     s = torch.zeros(2, 4, requires_grad=True)
     y = torch.tensor([[0.0] * 4, [1.0] * 4])

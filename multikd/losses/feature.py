@@ -79,7 +79,10 @@ class TokenLoss(DistillationLoss):
         self.tokens = tuple(token for token in TOKEN_TYPES if self.weights[token] > 0)
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Distance of vectors, ``(…, D)`` → ``(…)``, float32 or float64 outside autocast."""
+        """Distance of vectors of any dtype, ``(…, D)`` → ``(…)``, computed in float32 or float64.
+
+        Autocast is off. The two may differ in dtype.
+        """
         raise NotImplementedError
 
     def forward(
@@ -93,10 +96,7 @@ class TokenLoss(DistillationLoss):
         pairs = self._pairs(prediction, target)
         total = sum(weight for weight, _, _ in pairs)
         with without_autocast(pairs[0][1].device):
-            losses = [
-                (weight / total) * per_image(self.distance(full_precision(s), full_precision(y)))
-                for weight, s, y in pairs
-            ]
+            losses = [(weight / total) * per_image(self.distance(s, y)) for weight, s, y in pairs]
             return torch.stack(losses).sum(0)
 
     def _pairs(
@@ -179,7 +179,7 @@ class MSELoss(TokenLoss):
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """See ``TokenLoss``."""
-        return (prediction - target).square().mean(-1)
+        return (full_precision(prediction) - full_precision(target)).square().mean(-1)
 
 
 def pair_of(
