@@ -20,6 +20,9 @@ from multikd.types import Grid, TokenFeatures
 
 Rungs = Literal["all", "last"] | Sequence[int]
 
+# Tokens as they are, (B, N, D): as a map, timm's default, each rung would be copied twice a step.
+_TOKENS: dict[str, Any] = {"return_prefix_tokens": True, "output_fmt": "NLC"}
+
 
 @dataclass(frozen=True)
 class RungPlan:
@@ -61,12 +64,12 @@ def rung_features(
     is the final features, so that trainable layers behind the last block (a conv head, a norm,
     class attention) are trained too.
     """
-    options: dict[str, Any] = {"return_prefix_tokens": True} if plan.tokens else {}
+    options = _TOKENS if plan.tokens else {}
     final, outputs = model.forward_intermediates(  # type: ignore[operator]
         images, indices=list(plan.indices), **options
     )
     features = _read_final(model, final, _size(images))
-    rungs = [_read_rung(output, plan) for output in outputs]
+    rungs = [_read_rung(model, output, plan, _size(images)) for output in outputs]
     if plan.last_is_final and plan.indices[-1] == plan.count - 1:
         rungs[-1] = TokenFeatures(features.summary, features.patches, features.grid)
     return tuple(rungs), features
@@ -86,7 +89,7 @@ def plan_rungs(model: nn.Module, rungs: Rungs, image_size: Grid, name: str) -> R
             f"{type(model).__name__}; choose a ViT, Swin, ConvNeXt, EfficientNet or ResNet"
         )
     tokens = "return_prefix_tokens" in inspect.signature(forward).parameters
-    options: dict[str, Any] = {"return_prefix_tokens": True} if tokens else {}
+    options = _TOKENS if tokens else {}
 
     def outputs(m: nn.Module, images: Tensor) -> list[Any]:
         return list(m.forward_intermediates(images, **options)[1])  # type: ignore[operator]
@@ -161,9 +164,12 @@ def _flat(feature_map: Tensor) -> tuple[Tensor, Grid]:
     return feature_map.flatten(2).transpose(1, 2), grid
 
 
-def _read_rung(output: Any, plan: RungPlan) -> TokenFeatures:
-    feature_map, prefix = output if isinstance(output, tuple) else (output, None)
-    patches, grid = _flat(feature_map)
+def _read_rung(model: nn.Module, output: Any, plan: RungPlan, image_size: Grid) -> TokenFeatures:
+    found, prefix = output if isinstance(output, tuple) else (output, None)
+    if found.ndim == 4:
+        patches, grid = _flat(found)
+    else:
+        patches, grid = found, _token_grid(model, found.shape[1], image_size)
     # Registers are prefix tokens too; the class token is the first.
     use_class = plan.class_summary and prefix is not None
     return TokenFeatures(prefix[:, 0] if use_class else patches.mean(dim=1), patches, grid)
