@@ -94,6 +94,40 @@ def test_it_measures_the_training_views_and_a_run_reads_them(
     assert main([*export, "--heads", "own", "--no-cost"]) == 0
 
 
+def test_a_teacher_is_measured_on_its_own_data(run: list[str], tmp_path: Path) -> None:
+    root = Path(next(a for a in run if a.startswith("--data.train=")).partition("=")[2]).parent
+    make_shards(root / "others", [30], name="others", size=(32, 32))
+    teachers = json.loads(next(a for a in run if "model.teachers=" in a).partition("=")[2])
+    teachers["other"] = teachers["own"]
+    mixed = [a for a in run if not a.startswith(("--model.teachers=", "--data.train="))]
+    train = {
+        "mine": {"urls": str(root / "shards"), "teachers": ["own"]},
+        "theirs": {"urls": str(root / "others"), "teachers": ["other"], "weight": 3.0},
+    }
+    mixed += [f"--model.teachers={json.dumps(teachers)}", f"--data.train={json.dumps(train)}",
+              "--model.teacher_data=own"]  # fmt: skip
+    file, figures = tmp_path / "s.safetensors", tmp_path / "s.json"
+    arguments = [*mixed, "--images", "12", "--out", str(file), "--json", str(figures)]
+    assert main(["teachers", "stats", *arguments]) == 0
+
+    cli = build_cli(mixed, run=False)
+    cli.datamodule.setup("fit")
+    batches = list(cli.datamodule.train_dataloader())
+    told = json.loads(figures.read_text())
+    for place, name in enumerate(("own", "other")):
+        rows, seen = [], [0, 0]
+        for batch in batches:
+            rows.append(batch.views[0][batch.dataset == place])
+            seen = [n + int((batch.dataset == i).sum()) for i, n in enumerate(seen)]
+            if min(seen) >= 12:
+                break
+        y = cli.model.run_teacher(name, to_float(torch.cat(rows))).summary.double().numpy()
+        found = read_statistics(file, name, Widths(64, 64))["summary"]
+        assert found.n == len(y) == told["teachers"][name]["images"]
+        np.testing.assert_allclose(found.mean, y.mean(0), rtol=1e-5, atol=1e-5)
+    assert told["images"] == min(seen)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
