@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,13 +24,15 @@ from stages.conftest import teacher, write_chain
 from multikd.cli import main
 from multikd.config_files import load_config
 from multikd.runs.folder import CONFIG
+from multikd.runs.overrides import get
 from multikd.runs.process import fit_in_process
 from multikd.runs.trainer import own_folder
-from multikd.shipped import shipped_chains
+from multikd.shipped import find_chain, shipped_chains
 from multikd.stages import run
 from multikd.stages.chain import read_chain
 from multikd.stages.check import check_chain
 from multikd.stages.commands import StagesSettings, run_stages, split_changes
+from multikd.stages.plan import stage_config
 
 
 def settings(out: Path, **change: Any) -> StagesSettings:
@@ -237,6 +240,22 @@ def test_of_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixt
         assert main(["stages", chain, *arguments]) == 2
         assert said in capsys.readouterr().err
     assert split_changes(["a:b=[1]", "c=x"]) == {"a:b": [1], "c": "x"}
+
+
+def test_the_command_in_dune_s_header_names_what_a_user_must_bring(tmp_path: Path) -> None:
+    header = [line[1:].strip() for line in find_chain("dune_vitb14").read_text().splitlines()
+              if line.startswith("#")]  # fmt: skip
+    begin = next(i for i, line in enumerate(header) if line.startswith("multikd stages"))
+    words = shlex.split(
+        " ".join(line.rstrip("\\") for line in header[begin : header.index("", begin)])
+    )
+    changes = split_changes([words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    chain = read_chain("dune_vitb14", changes)
+    for stage in chain.stages:
+        config = stage_config(chain, stage, tmp_path)
+        assert get(config, "model.teachers.mast3r.encoder") == "onnx:mast3r_encoder.onnx"
+        assert get(config, "model.teachers.multihmr.encoder.checkpoint") == "multihmr_672_L.pt"
+        assert get(config, "data.train.multihmr.urls") == "HUMANS/{0000..0399}.tar"
 
 
 @pytest.mark.parametrize("name", [n for n in shipped_chains() if n.endswith("_tiny")])
