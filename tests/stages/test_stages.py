@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,54 @@ def test_a_run_that_fails_upon_a_signal_has_failed(tmp_path: Path) -> None:
         [sys.executable, "-c", told, str(tmp_path)], capture_output=True, text=True, timeout=60
     )
     assert ended.stdout.startswith("ValueError no room for the checkpoint (code 1"), ended
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_however_out_is_spelt_and_only_with_what_it_was_built_on(
+    place: Place, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"trainer.max_epochs": 1}
+    chain, out = write_chain(place, tmp_path / "chain.yaml", settings=short), tmp_path / "o ut"
+    monkeypatch.chdir(tmp_path)
+    run_stages(chain, settings(Path("o ut")))
+    here.clear()
+    for spelling in (out, Path("./o ut"), out / ".." / "o ut"):
+        run_stages(chain, settings(spelling))
+    assert here == []
+    # Made by a version that kept the spelling, and moved since.
+    for stage in ("first", "larger"):
+        config = out / stage / CONFIG
+        content = json.dumps(yaml.safe_load(config.read_text()))
+        config.write_text(content.replace(str(out), "before/o ut"))
+    _, figures = run_stages(chain, settings(out))
+    assert here == []
+    assert figures["stages"][1]["export"] == str(out / "larger" / "export")
+    assert "before/o ut" not in (out / "larger" / CONFIG).read_text()
+    # The first stage is gone: it is made again, and is what it was, to the bit.
+    shutil.rmtree(out / "first")
+    text, figures = run_stages(chain, settings(out, dry_run=True))
+    assert "built on another first" in " ".join(text.split())
+    assert figures["stages"][1]["built_on_another"] == "first"
+    run_stages(chain, settings(out))
+    assert here == ["first"]
+    # Another one: what was built on the former one is not of this chain.
+    shutil.rmtree(out / "first")
+    other = settings(out, changes=("first:seed_everything=7",))
+    with pytest.raises(ValueError, match="'larger'.*built on another 'first'.*remove .*larger"):
+        run_stages(chain, other)
+    shutil.rmtree(out / "larger")
+    here.clear()
+    assert all(entry["done"] for entry in run_stages(chain, other)[1]["stages"])
+    assert here == ["larger"]
+    # An export that is to be another is no longer done, either.
+    stages = yaml.safe_load(Path(chain).read_text())["stages"]
+    stages["larger"]["export"] = {"heads": ["first"]}
+    chain = write_chain(place, tmp_path / "chain.yaml", settings=short, stages=stages)
+    with pytest.raises(ValueError, match="'larger'.*was exported with .*result.json"):
+        run_stages(chain, other)
+    (out / "larger" / "result.json").unlink()
+    run_stages(chain, other)
+    assert (out / "larger" / "export" / "heads.json").is_file()
 
 
 # --- refused before anything trains -----------------------------------------------------------
