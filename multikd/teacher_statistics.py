@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,6 @@ def _text(rows: Sequence[dict[str, Any]], images: int, out: Path) -> str:
             "two observations a dimension; measure more --images"
         )
     lines.append(f"{images} images → {out}")
-    setting = "--model.normalizers=PHISNormalizers --model.normalizers.statistics"
-    lines.append(f"to use them: {setting}={out}")
+    file = shlex.quote(f"--model.normalizers.statistics={out}")
+    lines.append(f"to use them: --model.normalizers=PHISNormalizers {file}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +53,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_it_measures_the_training_views_and_a_run_reads_them(
     run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, figures = tmp_path / "s.safetensors", tmp_path / "s.json"
+    file, figures = tmp_path / "s t.safetensors", tmp_path / "s.json"
     arguments = [*run, "--images", "25", "--out", str(file), "--json", str(figures)]
     assert main(["teachers", "stats", *arguments]) == 0
     said = capsys.readouterr()
     assert "30 images →" in said.out  # whole batches
+    hint = shlex.split(said.out.splitlines()[-1].partition("to use them: ")[2])
+    assert hint[1] == f"--model.normalizers.statistics={file}"  # a path with a space is quoted
     assert "too few: own/summary" in said.out
 
     # The same views, run by hand, and numpy on all of them at once.

@@ -16,7 +16,7 @@ from multikd.files import file_lock
 from multikd.retention.taskfile import read_task_file
 from multikd.runs.folder import check_place
 from multikd.runs.tables import text_table
-from multikd.stages.chain import KINDS, Chain, read_chain
+from multikd.stages.chain import KINDS, LOCK, Chain, read_chain
 from multikd.stages.check import StageShape, check_chain
 from multikd.stages.inputs import check_stage, stale
 from multikd.stages.plan import places_in, stage_config, stage_folders
@@ -55,7 +55,7 @@ def run_stages(name: str, settings: StagesSettings) -> tuple[str, dict[str, Any]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, disable=not settings.progress, console=Console(stderr=True)) as bar:
         try:
-            with file_lock(out / "lock", wait=False):
+            with file_lock(out / LOCK, wait=False):
                 for number, stage in enumerate(chain.stages, 1):
                     check_stage(chain, stage, out)
                     if folders.result(stage) is not None:

@@ -256,6 +256,7 @@ STAGES: list[tuple[dict[str, Any], str]] = [
     ({"a": {"settings": {"model.student.name.size": 1}}}, r"stage 'a'.*has no settings"),
     ({"a": {"setting": {}}}, r"unknown setting 'setting': did you mean 'settings'\?"),
     ({"a/b": None}, r"becomes the name of a folder"),
+    ({"lock": None}, r"can't be called 'lock'"),
     ({}, r"has no stages"),
     ({"a": {"base": "no_such"}}, r"stage 'a'.*unknown config 'no_such'"),
     ({"a": {"settings": {"data.train": "nowhere/"}}}, r"stage 'a'"),
@@ -277,7 +278,12 @@ def test_what_can_be_known_is_said_before_anything_trains(
 def test_of_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain = write_chain(place, tmp_path / "chain.yaml")
     assert main(["stages", chain, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert re.search(r"larger .* first ", " ".join(capsys.readouterr().out.split()))
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"larger .* first ", text)
+    assert "2 epochs" in text
+    bound = ["--set", "trainer.max_steps=-1", "--dry-run"]
+    assert main(["stages", chain, "--out", str(tmp_path / "out"), *bound]) == 0
+    assert "2 epochs" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     file = tmp_path / "file"
     file.touch()
