@@ -265,7 +265,7 @@ def _add_teachers(commands: Any) -> None:
     )
     stats.add_argument("--out", type=Path, required=True, metavar="FILE")
     stats.add_argument(
-        "--images", type=int, default=8192, help="how many training views (default: 8192)"
+        "--images", type=int, default=8192, help="how many training views of each (default: 8192)"
     )
     stats.add_argument(
         "--teachers", default="", metavar="A,B", help="these of its teachers (default: all)"

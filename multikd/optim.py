@@ -88,12 +88,14 @@ class WarmupCosine:
     min_lr: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be 0 or more, received {self.warmup_epochs}")
+        if not 0 <= self.warmup_epochs < float("inf"):
+            raise ValueError(
+                f"warmup_epochs must be 0 or more and finite, received {self.warmup_epochs}"
+            )
         if self.warmup_share is not None and not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share must lie in [0, 1), received {self.warmup_share}")
-        if self.min_lr < 0:
-            raise ValueError(f"min_lr must be 0 or more, received {self.min_lr}")
+        if not 0 <= self.min_lr < float("inf"):
+            raise ValueError(f"min_lr must be 0 or more and finite, received {self.min_lr}")
 
     def warmup_steps(self, total_steps: int, steps_per_epoch: float) -> int:
         """How many optimiser steps the warm-up takes."""

@@ -7,7 +7,9 @@ shards with the config's evaluation views.
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 import multikd
+from multikd.config_errors import condense
+from multikd.config_parser import Unbuildable, construct
 from multikd.data.module import ShardDataModule
 from multikd.errors import unknown_name
 from multikd.evaluation.extract import summary_vectors
@@ -33,6 +37,7 @@ from multikd.imports import only_allowed
 from multikd.modules.distillation import to_float
 from multikd.teachers import Teacher
 from multikd.teachers.head import ClassifierHead, write_head
+from multikd.teachers.trainable import TrainableTeacher
 from multikd.types import TokenFeatures
 
 _HELD = 0.2
@@ -84,9 +89,17 @@ def run_fit_head(
     for file in files.values():
         if file.exists() and not overwrite:
             raise ValueError(f"{file} exists: give another --out, or --overwrite")
+    if not one and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder, or a file that ends .safetensors")
     found = run_teachers(teachers, module, lambda f: summary_vectors(f).float(), "summaries")
     rows: list[dict[str, Any]] = []
     for name, (x, y) in ((n, (f.values, f.labels)) for n, f in found.items()):
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"{int((~torch.isfinite(x)).any(dim=1).sum())} of {len(x)} summaries of teacher "
+                f"{name!r} are NaN or infinite: set its dtype to float32, or leave it out with "
+                "--teachers"
+            )
         classes = check_classes(y, data)
         held = torch.from_numpy(stratified(y.numpy(), _HELD, 0))
         fit = logistic_regression(x, y, x[:1], held=held)
@@ -108,7 +121,8 @@ def run_fit_head(
         for r in rows
     ]  # fmt: skip
     first = rows[0]
-    hint = f"to use it: --model.teachers.{first['teacher']}.init_args.head={first['file']}"
+    use = f"--model.teachers.{first['teacher']}.init_args.head={first['file']}"
+    hint = f"to use it: {shlex.quote(use)}"
     return f"{_table(cells)}\n{hint}", {"heads": rows}
 
 
@@ -148,7 +162,10 @@ def run_calibrate(
     found = run_teachers(able, module, _logits, "logits")
     rows, warnings = [], []
     for name, answers in found.items():
-        result = calibrate(answers.values, answers.labels)
+        try:
+            result = calibrate(answers.values, answers.labels)
+        except ValueError as error:
+            raise ValueError(f"teacher {name!r} on {data}: {error}") from error
         rows.append(_row(name, able[name], result, len(answers.labels)))
         settings_of = written[name].setdefault("init_args", {})
         settings_of["temperature"] = result.temperature
@@ -173,9 +190,11 @@ def run_calibrate(
     lines = [_table(cells), *warnings]
     if out is not None:
         write_text_atomically(out, _fragment(rows, written, data))
-        lines.append(f"teachers → {out}; to use them: --model.teachers={out}")
-    pairs = ", ".join(f"{r['teacher']}: {r['temperature']:.4f}" for r in rows)
-    lines.append(f"or in a ResponseTerm: temperatures: {{{pairs}}}")
+        lines.append(f"teachers → {out}; to use them: {shlex.quote(f'--model.teachers={out}')}")
+    # A temperature alone is no calibration where a bias belongs to it.
+    pairs = [f"{r['teacher']}: {r['temperature']:.4f}" for r in rows if r["bias"] is None]
+    if pairs:
+        lines.append(f"or in a ResponseTerm: temperatures: {{{', '.join(pairs)}}}")
     return "\n".join(lines), {"teachers": rows, "warnings": warnings}
 
 
@@ -193,34 +212,46 @@ def prepare(
         data: labelled shards.
         names: of the teachers; none for all.
         encoder: a teacher by its encoder's name, in place of a config's.
-        without: settings of the teachers that are left out.
+        without: settings of these teachers that are left out.
 
     Returns:
-        Teachers, data module, and the settings of all of the config's teachers, without those.
+        Teachers, data module, and the settings of all of the config's teachers: of the chosen ones
+        without those.
     """
     given = list(settings)
     if encoder is not None:
-        given += [f"--model.teachers.{_short(encoder)}.init_args.encoder={encoder}"]
+        one = {"class_path": "multikd.teachers.Teacher", "init_args": {"encoder": encoder}}
+        given += [f"--model.teachers={json.dumps({_short(encoder): one})}"]  # and no others
         given += ["--model.student=StudentEncoder", "--model.student.init_args.name=resnet10t"]
     given += [f"--data.train={data}", f"--data.val={data}", "--data.cache=null"]
     with without_known_noise():
         cli = build_cli(given, run=False, kind=ParsedOnly)
     model = cli.config.model.as_dict().get("init_args", {})
-    written = {name: _told(value, without) for name, value in (model.get("teachers") or {}).items()}
+    written = {
+        name: _told(value, without if not names or name in names else ())
+        for name, value in (model.get("teachers") or {}).items()
+    }
     for name in names:
         if name not in written:
             raise unknown_name("teacher", name, written)
     if not written:
         raise ValueError("this config has no teachers: give one with --encoder NAME")
     chosen = names or list(written)
+    for name in chosen:
+        if written[name]["class_path"].rpartition(".")[2] == TrainableTeacher.__name__:
+            encoder_name = written[name]["init_args"].get("encoder")
+            raise ValueError(
+                f"teacher {name!r} of this config is trained along with its student: give its "
+                f"frozen encoder in place of the config, --encoder {encoder_name}"
+            )
     with torch.random.fork_rng(devices=[]):
-        teachers = {n: _built(Teacher, written[n]) for n in chosen}
+        teachers = {n: _built(Teacher, written[n], f"model.teachers.{n}") for n in chosen}
     values = cli.config.data.as_dict()
     if encoder is not None:
         size = teachers[chosen[0]].spec.image_size[0]
         views = {"class_path": "multikd.data.views.EvalViews", "init_args": {"size": size}}
         values.setdefault("init_args", {})["eval_views"] = views
-    module = _built(LightningDataModule, values)
+    module = _built(LightningDataModule, values, "data")
     if not isinstance(module, ShardDataModule):
         raise ValueError("labelled shards are read with multikd's ShardDataModule")
     return teachers, module, written
@@ -327,15 +358,24 @@ def _told(value: Any, without: Sequence[str]) -> dict[str, Any]:
     return {"class_path": content["class_path"], "init_args": arguments}
 
 
-def _built(base: type[Any], settings: Mapping[str, Any]) -> Any:
+def _built(base: type[Any], settings: Mapping[str, Any], key: str) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "object")
     with only_allowed():
-        return parser.instantiate(parser.parse_object({"object": dict(settings)})).object
+        try:
+            made = parser.parse_object({"object": dict(settings)})
+            return parser.instantiate(made, instantiators=[(construct, object, True)]).object
+        except Unbuildable as stop:
+            raise stop.reason from stop.reason.__cause__
+        except ArgumentError as error:  # of jsonargparse: a tree of what did not validate
+            raise ValueError(f"{key}: {condense(str(error))}") from error
 
 
 def _short(encoder: str) -> str:
-    return re.sub(r"\W+", "_", encoder.rpartition(":")[2]).strip("_") or "teacher"
+    scheme, _, name = encoder.rpartition(":")
+    if scheme in ("exported", "onnx", "hf"):  # a path: its last part
+        name = Path(name).name
+    return re.sub(r"\W+", "_", name).strip("_") or "teacher"
 
 
 def _table(cells: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from multikd.data.claims import claims
 from multikd.data.module import ShardDataModule
 from multikd.errors import unknown_name
 from multikd.fit import build_cli, without_known_noise
+from multikd.modules.allotment import allot
 from multikd.modules.distillation import DistillationModule, to_float
 from multikd.normalizers import CovarianceNormalizer
 from multikd.normalizers.hadamard import construction
@@ -45,12 +48,14 @@ def run_stats(
     Args:
         settings: as ``multikd fit`` takes them: ``--config``, ``--data.train``, …
         out: the safetensors file.
-        images: at least so many training views are measured (whole batches; or all of an epoch).
+        images: at least so many training views of each teacher are measured (whole batches; or all
+            of an epoch). With data of single teachers each sees its own.
         names: the teachers; none for all.
         overwrite: replace ``out``.
 
     Raises:
-        ValueError: the config can't be built, an unknown teacher, or ``out`` is in the way.
+        ValueError: the config can't be built, an unknown teacher, one that has fewer than two
+            images, or ``out`` is in the way.
     """
     if images < 2:
         raise ValueError(f"--images must be 2 or more, received {images}")
@@ -73,15 +78,22 @@ def run_stats(
     for one in sums.values():
         one.to(device).train()
     measured = _measure(module, data, sums, images, device)
+    for name, count in measured.items():
+        if count < 2:
+            raise ValueError(
+                f"teacher {name!r} had {count} of an epoch's images: give its data set more weight "
+                "(data.train), or leave it out with --teachers"
+            )
     found = {name: _statistics(one) for name, one in sums.items()}
     about = {
-        "images": measured,
+        "images": min(measured.values()),
         "views": data.train_views[0].describe(),
         "teachers": {
             name: {
                 "encoder": module.teacher(name).spec.name,
                 "fingerprint": module.teacher(name).fingerprint(),
                 "resize": module.teacher(name).resize,
+                "images": measured[name],
             }
             for name in chosen
         },
@@ -89,7 +101,7 @@ def run_stats(
     write_statistics(out, found, about)
     rows = [_row(name, token, of) for name, by in found.items() for token, of in by.items()]
     figures = {"file": str(out), **about, "statistics": rows}
-    return _text(rows, measured, out), figures
+    return _text(rows, min(measured.values()), out), figures
 
 
 @torch.no_grad()
@@ -99,8 +111,9 @@ def _measure(
     sums: dict[str, _Sums],
     images: int,
     device: torch.device,
-) -> int:
-    seen = 0
+) -> dict[str, int]:
+    """How many images each teacher was measured on."""
+    seen = dict.fromkeys(sums, 0)
     columns = (
         TextColumn("   statistics"),
         BarColumn(),
@@ -109,16 +122,19 @@ def _measure(
         TimeRemainingColumn(),
     )
     data.setup("fit")
+    # As in training: an image of another's data set is none of a teacher's.
+    whose = claims(data.mixture(), module.teacher_names, module.teacher_data)
     loader = data.train_dataloader()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=images)
         for batch in loader:
             pixels = to_float(batch.views[0].to(device))
-            for name, one in sums.items():
-                one.update(module.run_teacher(name, pixels))
-            seen += len(batch)
-            bar.update(task, completed=min(seen, images))
-            if seen >= images:
+            allotment = allot(batch, tuple(sums), whose, tuple(sums), device)
+            for name in allotment.present:
+                sums[name].update(module.run_teacher(name, allotment.shown(name, pixels)))
+                seen[name] += allotment.images[name]
+            bar.update(task, completed=min(images, *seen.values()))
+            if min(seen.values()) >= images:
                 break
     return seen
 
@@ -174,6 +190,6 @@ def _text(rows: Sequence[dict[str, Any]], images: int, out: Path) -> str:
             "two observations a dimension; measure more --images"
         )
     lines.append(f"{images} images → {out}")
-    setting = "--model.normalizers=PHISNormalizers --model.normalizers.statistics"
-    lines.append(f"to use them: {setting}={out}")
+    file = shlex.quote(f"--model.normalizers.statistics={out}")
+    lines.append(f"to use them: --model.normalizers=PHISNormalizers {file}")
     return "\n".join(lines)

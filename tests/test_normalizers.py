@@ -272,6 +272,26 @@ def test_two_ranks_equal_one_process() -> None:
                 )
 
 
+def test_a_broken_image_leaves_the_batch_standardiser_s_other_targets_alone() -> None:
+    normalizer = BatchStandardizers().build(Widths(3, 3))
+    good = TokenFeatures(5 + 2 * torch.randn(8, 3), 1 + torch.randn(8, 4, 3), (2, 2))
+    normalizer.update(good)
+    broken = good.map(torch.clone)
+    broken.summary[2, 0], broken.patches[2, 1, 2] = torch.nan, torch.inf
+    made, clean = normalizer(broken), normalizer(good)
+    assert torch.isnan(made.summary[2, 0])
+    others = torch.arange(8) != 2
+    for token, dimension in (("summary", 0), ("patches", 2)):
+        found, plain = getattr(made, token)[others], getattr(clean, token)[others]
+        assert torch.isfinite(found).all()
+        whole = torch.arange(3) != dimension
+        assert torch.equal(found[..., whole], plain[..., whole])
+        # The dimension itself is standardised as in evaluation.
+        running = getattr(normalizer.eval()(good), token)[others]
+        normalizer.train()
+        assert torch.equal(found[..., dimension], running[..., dimension])
+
+
 def test_a_nan_does_not_stay_in_the_statistics() -> None:
     for factory in LEARNING:
         normalizer = factory.build(WIDTHS)

@@ -57,7 +57,8 @@ def test_min_lr_is_absolute_after_scaling() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"warmup_epochs": -1.0}, {"warmup_share": 1.0}, {"min_lr": -1e-3}]
+    "settings",
+    [{"warmup_epochs": -1.0}, {"warmup_share": 1.0}, {"min_lr": -1e-3}, {"min_lr": math.nan}],
 )
 def test_wrong_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):

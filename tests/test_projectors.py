@@ -214,6 +214,7 @@ def test_new_projectors_refuse_what_they_cannot_do() -> None:
         lambda: ConvProjectors(depth=0),
         lambda: ConvProjectors(hidden=0),
         lambda: ResidualMLPProjectors(hidden=0),
+        lambda: ResidualMLPProjectors(patches_hidden=0),
         lambda: ResidualMLPProjectors(blocks=-1),
     ):
         with pytest.raises(ValueError, match="received"):

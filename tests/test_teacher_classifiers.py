@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from helpers.fitting import fit
 from PIL import Image
 from torch import Tensor
 
+from multikd import teacher_classifiers
 from multikd.checkpoints import load_student
 from multikd.cli import main
-from multikd.evaluation.temperature import calibrate, nll, scaled
+from multikd.evaluation.temperature import Calibrated, calibrate, nll, scaled
 from multikd.export import CardFacts, export_timm_folder
 from multikd.students import StudentEncoder
 from multikd.teachers import Teacher
@@ -153,6 +155,126 @@ def test_labels_alone_need_no_teacher(root: Path) -> None:
     run = fit(root / "alone", content, root / "train")
     assert main(["export", str(run.checkpoint), str(root / "alone-student"), "--classifier"]) == 0
     assert load_student(run.checkpoint).teachers == {}
+
+
+def commanded(root: Path, path: Path, **teachers: Any) -> str:
+    """A config for the commands alone, of these teachers."""
+    content = model(root) | {"teachers": teachers}
+    data = {"train": str(root / "train"), "num_workers": 0,
+            "eval_views": {"class_path": "multikd.data.views.EvalViews",
+                           "init_args": {"size": 32}}}  # fmt: skip
+    path.write_text(yaml.safe_dump({
+        "model": {"class_path": "multikd.modules.DistillationModule", "init_args": content},
+        "data": {"class_path": "multikd.data.module.ShardDataModule", "init_args": data},
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }))  # fmt: skip
+    return f"--config={path}"
+
+
+def of(encoder: str, **settings: Any) -> dict[str, Any]:
+    return {"class_path": "multikd.teachers.Teacher", "init_args": {"encoder": encoder, **settings}}
+
+
+def test_an_encoder_stands_in_place_of_a_config_and_of_its_teachers(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = f"exported:{root / 'test_vit2'}"
+    config = commanded(root, tmp_path / "c.yaml", other=of(f"exported:{root / 'test_convnext'}"))
+    for given in ([], [config]):
+        out, told = tmp_path / f"a head {len(given)}.safetensors", tmp_path / "told.json"
+        command = ["teachers", "fit-head", *given, "--encoder", encoder, "--data.num_workers=0",
+                   f"--data={root / 'train'}", f"--out={out}", f"--json={told}"]  # fmt: skip
+        assert main(command) == 0, capsys.readouterr().err
+        rows = json.loads(told.read_text())["heads"]
+        assert [row["teacher"] for row in rows] == ["test_vit2"]
+        assert Teacher(encoder, head=str(out)).num_classes == 3
+        # A path with a space is quoted in the hint.
+        hint = capsys.readouterr().out.splitlines()[-1].partition("to use it: ")[2]
+        assert shlex.split(hint) == [f"--model.teachers.test_vit2.init_args.head={out}"]
+
+
+def test_calibrating_one_teacher_leaves_the_others_as_they_were(root: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("vit", "next"):
+        head = ClassifierHead(torch.randn(3, 64, generator=generator), torch.zeros(3), {})
+        write_head(tmp_path / f"{name}.safetensors", head)
+    config = commanded(
+        root, tmp_path / "c.yaml",
+        vit=of(f"exported:{root / 'test_vit2'}", head=str(tmp_path / "vit.safetensors")),
+        next=of(f"exported:{root / 'test_vit2'}", head=str(tmp_path / "next.safetensors"),
+                temperature=3.25, bias=[0.5, 0.0, -0.5]),
+    )  # fmt: skip
+    out = tmp_path / "calibrated.yaml"
+    command = ["teachers", "calibrate", config, "--data", str(root / "held"), "--out", str(out)]
+    assert main([*command, "--teachers", "vit"]) == 0
+    written = yaml.safe_load(out.read_text())
+    assert written["next"]["init_args"]["temperature"] == 3.25
+    assert written["next"]["init_args"]["bias"] == [0.5, 0.0, -0.5]
+    assert written["vit"]["init_args"]["temperature"] != 1.0
+    # One that is calibrated again starts from its bare logits.
+    assert main([*command, "--overwrite", "--teachers", "next"]) == 0
+    again = yaml.safe_load(out.read_text())["next"]["init_args"]
+    assert again["temperature"] != 3.25
+    assert "bias" not in again
+
+
+def test_of_two_classes_no_temperature_is_offered_without_its_bias(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated = Calibrated(2.0, [0.0, 1.0], 1.0, 0.5, 0.2, 0.1, 0.9)
+    monkeypatch.setattr(teacher_classifiers, "calibrate", lambda z, y: calibrated)
+    write_head(tmp_path / "h.safetensors", ClassifierHead(torch.ones(3, 64), torch.zeros(3), {}))
+    encoder = of(f"exported:{root / 'test_vit2'}", head=str(tmp_path / "h.safetensors"))
+    config = commanded(root, tmp_path / "c.yaml", vit=encoder)
+    assert main(["teachers", "calibrate", config, "--data", str(root / "held")]) == 0
+    assert "ResponseTerm" not in capsys.readouterr().out
+
+
+def test_mistakes_of_the_commands_are_one_sentence(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = f"exported:{root / 'test_vit2'}"
+    (tmp_path / "file").write_text("mine")
+    trained = {"class_path": "multikd.teachers.TrainableTeacher",
+               "init_args": {"encoder": "timm:test_resnet", "num_classes": 3}}  # fmt: skip
+    adaptive = commanded(root, tmp_path / "a.yaml", t=trained)
+    content = yaml.safe_load((tmp_path / "a.yaml").read_text())
+    content["model"] = {"class_path": "multikd.modules.AdaptiveModule", "init_args": {
+        "teachers": {"t": trained}, "student": model(root)["student"]}}  # fmt: skip
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    plain = commanded(root, tmp_path / "c.yaml", vit=of(encoder))
+    gone = commanded(root, tmp_path / "g.yaml", vit=of("timm:test_vit2", checkpoint="nowhere"))
+    data = ["--data", str(root / "train")]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the teachers were run")
+
+    monkeypatch.setattr(teacher_classifiers, "run_teachers", refuse)
+    for given, said in (
+        ([plain, "--out", str(tmp_path / "file")], "is a file: name a folder"),
+        ([adaptive, "--out", str(tmp_path / "h")], "--encoder timm:test_resnet"),
+        ([gone, "--out", str(tmp_path / "h")], "multikd: no checkpoint at 'nowhere'"),
+    ):
+        assert main(["teachers", "fit-head", *given, *data]) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error
+        assert "\n" not in error
+    monkeypatch.undo()
+    broken = Teacher.forward
+
+    def nan(self: Teacher, *arguments: Any) -> Any:
+        features = broken(self, *arguments)
+        features.summary[0] = torch.nan
+        return features
+
+    monkeypatch.setattr(Teacher, "forward", nan)
+    assert main(["teachers", "fit-head", plain, *data, "--out", str(tmp_path / "h")]) == 2
+    assert "summaries of teacher 'vit' are NaN or infinite" in capsys.readouterr().err
+    write_head(tmp_path / "h.safetensors", ClassifierHead(torch.ones(2, 64), torch.zeros(2), {}))
+    monkeypatch.undo()
+    two = commanded(root, tmp_path / "t.yaml", vit=of(encoder, head=f"{tmp_path}/h.safetensors"))
+    assert main(["teachers", "calibrate", two, "--data", str(root / "held")]) == 2
+    assert "teacher 'vit' on" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- the classifier

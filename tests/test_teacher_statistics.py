@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +53,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_it_measures_the_training_views_and_a_run_reads_them(
     run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, figures = tmp_path / "s.safetensors", tmp_path / "s.json"
+    file, figures = tmp_path / "s t.safetensors", tmp_path / "s.json"
     arguments = [*run, "--images", "25", "--out", str(file), "--json", str(figures)]
     assert main(["teachers", "stats", *arguments]) == 0
     said = capsys.readouterr()
     assert "30 images →" in said.out  # whole batches
+    hint = shlex.split(said.out.splitlines()[-1].partition("to use them: ")[2])
+    assert hint[1] == f"--model.normalizers.statistics={file}"  # a path with a space is quoted
     assert "too few: own/summary" in said.out
 
     # The same views, run by hand, and numpy on all of them at once.
@@ -92,6 +95,40 @@ def test_it_measures_the_training_views_and_a_run_reads_them(
     file.unlink()
     export = ["export", str(tmp_path / "run" / "last.ckpt"), str(tmp_path / "out")]
     assert main([*export, "--heads", "own", "--no-cost"]) == 0
+
+
+def test_a_teacher_is_measured_on_its_own_data(run: list[str], tmp_path: Path) -> None:
+    root = Path(next(a for a in run if a.startswith("--data.train=")).partition("=")[2]).parent
+    make_shards(root / "others", [30], name="others", size=(32, 32))
+    teachers = json.loads(next(a for a in run if "model.teachers=" in a).partition("=")[2])
+    teachers["other"] = teachers["own"]
+    mixed = [a for a in run if not a.startswith(("--model.teachers=", "--data.train="))]
+    train = {
+        "mine": {"urls": str(root / "shards"), "teachers": ["own"]},
+        "theirs": {"urls": str(root / "others"), "teachers": ["other"], "weight": 3.0},
+    }
+    mixed += [f"--model.teachers={json.dumps(teachers)}", f"--data.train={json.dumps(train)}",
+              "--model.teacher_data=own"]  # fmt: skip
+    file, figures = tmp_path / "s.safetensors", tmp_path / "s.json"
+    arguments = [*mixed, "--images", "12", "--out", str(file), "--json", str(figures)]
+    assert main(["teachers", "stats", *arguments]) == 0
+
+    cli = build_cli(mixed, run=False)
+    cli.datamodule.setup("fit")
+    batches = list(cli.datamodule.train_dataloader())
+    told = json.loads(figures.read_text())
+    for place, name in enumerate(("own", "other")):
+        rows, seen = [], [0, 0]
+        for batch in batches:
+            rows.append(batch.views[0][batch.dataset == place])
+            seen = [n + int((batch.dataset == i).sum()) for i, n in enumerate(seen)]
+            if min(seen) >= 12:
+                break
+        y = cli.model.run_teacher(name, to_float(torch.cat(rows))).summary.double().numpy()
+        found = read_statistics(file, name, Widths(64, 64))["summary"]
+        assert found.n == len(y) == told["teachers"][name]["images"]
+        np.testing.assert_allclose(found.mean, y.mean(0), rtol=1e-5, atol=1e-5)
+    assert told["images"] == min(seen)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ def run_export(
     if asked.heads and isinstance(trained.student, PrunedStudent):
         raise ValueError("a pruned student leaves without heads: leave out --heads")
     shared = has_classifier(trained) and not isinstance(trained.student, PrunedStudent)
+    if has_classifier(trained) and not (shared and asked.timm == TimmOptions()):
+        logger.warning(
+            "the shared classifier reads the student as it was trained, pooled and normed: it is "
+            "left out (export without --prune, --output and --no-final-norm to have it)"
+        )
     heads = trained_heads(trained, asked.heads) if asked.heads else []
     facts = card_facts(
         trained,

@@ -105,8 +105,7 @@ class Branches(nn.Module):
 
     def forward(self, found: Tensor, size: tuple[int, int]) -> Tensor:
         """``found``: the map ``(B, D, h, w)`` of images of ``size``."""
-        scale = (size[0] / self.size[0], size[1] / self.size[1])
-        rows = [branch(found, scale) for branch in self.teachers.values()]
+        rows = [branch(found, size, self.size) for branch in self.teachers.values()]
         if len(rows) == 1:
             return rows[0]  # type: ignore[no-any-return]
         logs = torch.stack([functional.log_softmax(row, dim=-1) for row in rows])
@@ -119,6 +118,8 @@ class _Branch(nn.Module):
         width, hidden, target = (_count(about[key]) for key in ("width", "hidden", "target"))
         self.grid = None if about["grid"] is None else tuple(_count(n) for n in about["grid"])
         self.fixed = bool(about["fixed_grid"])
+        # Pixels of a place of the grid; exports before it was noted have none.
+        self.stride = None if about.get("stride") is None else _count(about["stride"])
 
         def norm(channels: int) -> nn.Module:
             group = about["norm"] == "group"
@@ -132,14 +133,22 @@ class _Branch(nn.Module):
         self.projector = nn.Sequential(*layers, *([nn.ReLU()] if about["rectified"] else []))
         self.classifier = nn.Linear(target, _count(about["classes"]))
 
-    def forward(self, found: Tensor, scale: tuple[float, float]) -> Tensor:
+    def forward(self, found: Tensor, size: tuple[int, int], own: tuple[int, int]) -> Tensor:
+        """``found``: the map of images of ``size``; the grid was noted for images of ``own``."""
         h, w = found.shape[2:]
         if self.grid is not None:
-            factors = (1.0, 1.0) if self.fixed else scale
-            most = [max(1, round(n * f)) for n, f in zip(self.grid, factors, strict=True)]
+            most = [self._places(*of) for of in zip(self.grid, size, own, strict=True)]
             if h > most[0] or w > most[1]:
                 found = functional.adaptive_avg_pool2d(found, (min(h, most[0]), min(w, most[1])))
         return self.classifier(self.projector(found).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+    def _places(self, places: int, side: int, own: int) -> int:
+        """Places of the teacher's grid along a side of ``side`` pixels."""
+        if self.fixed or side == own:
+            return places
+        if self.stride is not None and -(-own // self.stride) == places:
+            return -(-side // self.stride)  # convolutions round up
+        return max(1, round(places * side / own))
 
 
 def _count(value: Any) -> int:

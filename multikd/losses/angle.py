@@ -40,8 +40,8 @@ class AngleLoss(KeepsDtype, DistillationLoss):
         super().__init__()
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"momentum must be in (0, 1], received {momentum}")
-        if floor <= 0:
-            raise ValueError(f"floor must be above 0, received {floor}")
+        if not 0.0 < floor < float("inf"):
+            raise ValueError(f"floor must be above 0 and finite, received {floor}")
         self.momentum = momentum
         self.floor = floor
         # Of the right length once the teacher is known.

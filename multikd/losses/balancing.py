@@ -137,8 +137,8 @@ class DynamicWeightAverage(LossBalancer):
 
     def __init__(self, temperature: float = 2.0) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, received {temperature}")
+        if not 0.0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, received {temperature}")
         self.temperature = temperature
 
     def bind(self, names: Sequence[str]) -> None:

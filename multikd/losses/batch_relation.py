@@ -120,9 +120,9 @@ class RKDTerm(RelationTerm):
         token: TokenType = "summary",
     ) -> None:
         super().__init__(weight, teachers, token)
-        if min(distance, angle) < 0 or distance + angle <= 0:
+        if not (0.0 < distance + angle < float("inf") and min(distance, angle) >= 0):
             raise ValueError(
-                "distance and angle must be weights of 0 or more, not both 0, received "
+                "distance and angle must be finite weights of 0 or more, not both 0, received "
                 f"{distance} and {angle}"
             )
         self.distance = distance

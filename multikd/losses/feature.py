@@ -148,8 +148,8 @@ class FeatureLoss(TokenLoss):
     ) -> None:
         check_weights("cosine and smooth_l1", cosine, smooth_l1)
         super().__init__(summary, patches)
-        if beta < 0:
-            raise ValueError(f"beta must be 0 or more, received {beta}")
+        if not 0.0 <= beta < float("inf"):
+            raise ValueError(f"beta must be 0 or more and finite, received {beta}")
         self.cosine = cosine
         self.smooth_l1 = smooth_l1
         self.beta = beta

@@ -81,9 +81,9 @@ class ResponseTerm(TeacherTerm):
             raise ValueError(
                 f"the weights of teachers must be 0 or more and not all 0, received {weights}"
             )
-        if min(target_weight, nontarget_weight) < 0:
+        if any(not 0.0 <= w < float("inf") for w in (target_weight, nontarget_weight)):
             raise ValueError(
-                "target_weight and nontarget_weight must be 0 or more, received "
+                "target_weight and nontarget_weight must be 0 or more and finite, received "
                 f"{target_weight} and {nontarget_weight}"
             )
         self.temperature = temperature

@@ -53,9 +53,9 @@ class RetentionTerm(TeacherTerm):
         super().__init__(weight)
         if measure not in ("cosine", "mse"):
             raise ValueError(f"measure must be 'cosine' or 'mse', received {measure!r}")
-        if min(summary, patches) < 0 or summary + patches <= 0:
+        if not (0.0 < summary + patches < float("inf") and min(summary, patches) >= 0):
             raise ValueError(
-                "summary and patches must be 0 or more and not both 0, received "
+                "summary and patches must be finite, 0 or more and not both 0, received "
                 f"{summary} and {patches}"
             )
         self.teacher, self.measure = teacher, measure

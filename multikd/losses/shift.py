@@ -63,9 +63,10 @@ def shifted(patches: Tensor, grid: Grid, shift: Tensor) -> tuple[Tensor, Tensor]
         ``(B, N, D)`` and where they are in both views, bool ``(B, N)``.
     """
     h, w = grid
-    cells = (shift.to(patches.device) * shift.new_tensor([h, w]).to(patches.device)).round().long()
-    rows = torch.arange(h, device=patches.device) + cells[:, :1]
-    columns = torch.arange(w, device=patches.device) + cells[:, 1:]
+    sides = shift.to(patches.device)
+    # Sides are multiplied as numbers: a tensor of them would be a copy from the host each step.
+    rows = torch.arange(h, device=patches.device) + (sides[:, :1] * h).round().long()
+    columns = torch.arange(w, device=patches.device) + (sides[:, 1:] * w).round().long()
     inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None]
     places = rows.clamp(0, h - 1)[:, :, None] * w + columns.clamp(0, w - 1)[:, None]
     index = places.flatten(1)[:, :, None].expand(-1, -1, patches.shape[2])

@@ -360,6 +360,7 @@ class AdaptiveModule(Resumable):
             "rectified": projector.rectified,
             "grid": None if grid is None else list(grid),
             "fixed_grid": self.teacher(name).resize == "own",
+            "stride": self.teacher(name).spec.patch_size,
         }
 
     def teacher_facts(self) -> dict[str, dict[str, str]]:

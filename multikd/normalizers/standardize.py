@@ -80,7 +80,8 @@ class BatchStandardizer(FeatureNormalizer):
     """DUNE's (arXiv 2503.14405): batch statistics in training, running ones in evaluation.
 
     Training: ``(y − μ_B)/max(σ_B, 1e-3)`` over all ranks. Evaluation, ``inverse`` and ``affine``
-    use moving averages of μ_B and σ_B with a fixed momentum.
+    use moving averages of μ_B and σ_B with a fixed momentum. A dimension whose batch statistics are
+    not finite takes the running ones: one broken image makes no target of the others NaN.
     """
 
     FLOOR = 1e-3
@@ -97,7 +98,11 @@ class BatchStandardizer(FeatureNormalizer):
 
         def standardize(token: TokenType, x: Tensor) -> Tensor:
             std = moments[token].std(fallback=self._std(token))
-            return (x - moments[token].mean.float()) / std.clamp(min=self.FLOOR)
+            mean = moments[token].mean.float()
+            finite = torch.isfinite(mean) & torch.isfinite(std)
+            mean = torch.where(finite, mean, self._mean(token))
+            std = torch.where(finite, std, self._std(token))
+            return (x - mean) / std.clamp(min=self.FLOOR)
 
         return self._map(features, standardize)
 

@@ -90,7 +90,7 @@ class ResidualMLPProjectors(ProjectorFactory):
     patches_hidden: int | None = None
 
     def __post_init__(self) -> None:
-        widths = (self.hidden, self.patches_hidden or self.hidden)
+        widths = (self.hidden, self.hidden if self.patches_hidden is None else self.patches_hidden)
         if min(widths) < 1 or self.blocks < 0:
             raise ValueError(
                 "hidden widths must be 1 or more and blocks 0 or more, received "
@@ -108,7 +108,7 @@ class ResidualMLPProjectors(ProjectorFactory):
             return nn.Sequential(linear(inputs, hidden), *inner, *step(outputs))
 
         summary, patches = width_pairs(student, teacher)
-        of_patches = self.patches_hidden or self.hidden
+        of_patches = self.hidden if self.patches_hidden is None else self.patches_hidden
         return TokenwiseProjector(
             None if summary is None else mlp(*summary, self.hidden),
             None if patches is None else mlp(*patches, of_patches),

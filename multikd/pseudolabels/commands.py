@@ -62,6 +62,11 @@ def run_pseudolabel(
     if not isinstance(module, DistillationModule) or not isinstance(data, ShardDataModule):
         raise ValueError("pseudo-labels are of the teachers of a DistillationModule")
     names = asked.teachers or module.teacher_names
+    if not names:
+        raise ValueError(
+            "this config has no teachers, whose classes pseudo-labels are: name the config of the "
+            "teachers, not that of the student that learns from them"
+        )
     for name in names:
         if name not in module.teacher_names:
             raise unknown_name("teacher", name, module.teacher_names)

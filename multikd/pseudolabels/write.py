@@ -1,13 +1,15 @@
 """Shards with pseudo-labels: one for each shard of images, atomic, resumable, indexed.
 
-A sample keeps its key and its image. Its true label, where it has one, is left out, so that nothing
-can learn from it: ``cls`` is the ensemble's class, ``soft.npy`` its probabilities, and
-``pseudo.json`` its confidence and the share of the ensemble that agrees.
+A sample keeps its key (with its folders, which tell samples of one name apart) and its image. Its
+true label, where it has one, is left out, so that nothing can learn from it: ``cls`` is the
+ensemble's class, ``soft.npy`` its probabilities, and ``pseudo.json`` its confidence and the share
+of the ensemble that agrees.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from multikd.pseudolabels.ensemble import Ensemble
 from multikd.pseudolabels.tally import Tally, thresholds_with
 from multikd.untrusted import MOST_TEXT, parse_json, read_bytes
 
+_LONGEST_KEY = 80  # bytes; a plain tar header holds a name of 100
 LOG = ".multikd-pseudolabels.jsonl"
 Progress = Callable[[int], None]
 
@@ -89,6 +92,11 @@ def write_pseudolabels(
             _append(out / LOG, done[-1])
         tally = sum((one.tally for one in done), Tally(thresholds_with(threshold)))
         records = [one.record for one in done if one.record is not None]
+        if not tally.images:
+            raise ValueError(
+                f"none of the {tally.unreadable} images can be read: look at them with `multikd "
+                "shards inspect`"
+            )
         if not records:
             raise ValueError(
                 f"no image reaches a confidence of {threshold} (of {tally.images}): lower "
@@ -180,7 +188,8 @@ def _members(
     key: str, extension: str, data: bytes, row: np.ndarray[Any, Any], agree: float
 ) -> list[tuple[str, bytes]]:
     about = {"confidence": float(row.max()), "agreement": agree}
-    key = os.path.basename(key)
+    if len(key.encode()) > _LONGEST_KEY:
+        key = hashlib.sha256(key.encode()).hexdigest()[:32]
     return [
         (f"{key}.{extension.rpartition('.')[2]}", data),
         (f"{key}.cls", str(int(row.argmax())).encode()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def _facts(file: Path, kind: Kind, found: ImportedVit, asked: ImportSettings) ->
 
 
 def _text(out: Path, kind: Kind, found: ImportedVit, figures: dict[str, Any]) -> str:
+    name = shlex.quote(f"--model.student.name=local-dir:{out}")
     lines = [
         f"wrote {out} ({kind}, {figures['architecture']}, {figures['parameters'] / 1e6:.1f} M "
         f"parameters, {found.image_size} px)",
@@ -162,6 +164,6 @@ def _text(out: Path, kind: Kind, found: ImportedVit, figures: dict[str, Any]) ->
         *(f"  note      {note}" for note in found.notes),
         f"  timm      timm.create_model('local-dir:{out}', pretrained=True, num_classes=0)",
         f"  teacher   encoder: exported:{out}",
-        f"  student   --model.student.name=local-dir:{out} --model.student.pretrained=true",
+        f"  student   {name} --model.student.pretrained=true",
     ]
     return "\n".join(lines)

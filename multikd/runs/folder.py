@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,8 @@ class RunsFolder:
     def put_config(self, run: Named, config: dict[str, Any]) -> Path:
         """Write a run's config, unless it is there.
 
+        Another spelling of the folder, or another place that it was moved to, is no other setting.
+
         Returns:
             Its file.
 
@@ -65,6 +68,11 @@ class RunsFolder:
             write_text_atomically(path, text)
             return path
         had, here = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
+        before = self._spelling(run, had) if had != here else None
+        if before is not None and respelled(had, before, str(self.out)) == here:
+            if os.path.realpath(before) != os.path.realpath(self.out):
+                write_text_atomically(path, text)
+            return path  # as it is spelt there: what was begun goes on with the same settings
         if had != here:
             key, before, now = difference(had, here)
             raise ValueError(
@@ -73,6 +81,15 @@ class RunsFolder:
                 f"remove that {self.part}'s folder"
             )
         return path
+
+    def _spelling(self, run: Named, config: Any) -> str | None:
+        """How a run's config spells this folder."""
+        trainer = config.get("trainer") if isinstance(config, dict) else None
+        root = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
+        inside = str(Path(self.inside, run.name))
+        if not isinstance(root, str) or not root.endswith(f"/{inside}"):
+            return None
+        return root.removesuffix(f"/{inside}")
 
     def result(self, run: Named) -> dict[str, Any] | None:
         """What came out of a run; None while it is not done (or its file is damaged)."""
@@ -149,3 +166,14 @@ def difference(had: Any, here: Any, key: str = "") -> tuple[str, Any, Any]:
             if had.get(name) != here.get(name):
                 return difference(had.get(name), here.get(name), f"{key}.{name}".lstrip("."))
     return key.replace(".init_args", ""), had, here
+
+
+def respelled(value: Any, before: str, now: str) -> Any:
+    """A config with another path in place of one, wherever strings hold it as a whole."""
+    if isinstance(value, dict):
+        return {key: respelled(item, before, now) for key, item in value.items()}
+    if isinstance(value, list):
+        return [respelled(item, before, now) for item in value]
+    if not isinstance(value, str) or before not in value:
+        return value
+    return re.sub(rf"(?<![\w./-]){re.escape(before)}(?=/|$)", lambda _: now, value)

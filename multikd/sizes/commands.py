@@ -151,11 +151,22 @@ def _scores(search: Search, out: Path, costs: dict[str, Any]) -> list[tuple[str,
         if over_budget(costs[size], search.budget):
             continue
         results = [folders.result(SizeRun(size, seed)) for seed in search.seeds]
-        values = [r["scores"][search.score]["value"] for r in results if r is not None]
+        values = [_value(search, size, r) for r in results if r is not None]
         if len(values) < len(results):
             break
         found.append((size, statistics.fmean(values)))
     return found
+
+
+def _value(search: Search, size: str, result: dict[str, Any]) -> float:
+    scores = result["scores"]
+    if search.score not in scores:
+        raise ValueError(
+            f"the size {size!r} was scored on {', '.join(scores)}, and {search.path} decides by "
+            f"{search.score!r}: name another --out, or remove the size's result.json to score it "
+            "again"
+        )
+    return float(scores[search.score]["value"])
 
 
 def _told(

@@ -52,13 +52,21 @@ def size_config(search: Search, run: SizeRun, out: Path) -> dict[str, Any]:
     """
     config = copy.deepcopy(load_config(search.base))
     for key, value in {**search.settings, **search.sizes[run.size]}.items():
-        value = value.replace("{out}", str(out)) if isinstance(value, str) else value
-        put(config, key, copy.deepcopy(value))
+        put(config, key, copy.deepcopy(_placed(value, str(out))))
     config["seed_everything"] = run.seed
     put(config, "data.seed", run.seed)
     put(config, "data.recorded_seed", 0)  # one cache for runs of all seeds
     own_folder(config, RunsFolder(out).folder(run))
     return config
+
+
+def _placed(value: Any, out: str) -> Any:
+    """A value with the folder of the search for ``{out}``, wherever it stands."""
+    if isinstance(value, dict):
+        return {key: _placed(item, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_placed(item, out) for item in value]
+    return value.replace("{out}", out) if isinstance(value, str) else value
 
 
 def build_student(search: Search, run: SizeRun, out: Path) -> StudentEncoder:

@@ -110,7 +110,8 @@ def read_search(name: str, changes: Sequence[str] = ()) -> Search:
         search: Search = parser.instantiate(parser.parse_object({"search": content})).search
     except Exception as error:  # of jsonargparse, or of a dataclass
         raise ValueError(f"{path}: {condense(str(error))}") from error
-    search.settings, search.sizes, search.path = parts["settings"], parts["sizes"], path
+    search.settings, search.path = parts["settings"], path
+    search.sizes = {str(name): change for name, change in parts["sizes"].items()}  # 96 is a name
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:

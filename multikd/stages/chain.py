@@ -35,6 +35,7 @@ from multikd.shipped import find_chain
 PLACEHOLDER = re.compile(r"\{stage:([^{}:]*)(?::([^{}]*))?\}")
 KINDS = ("export", "checkpoint")
 OUT = "{out}"
+LOCK = "lock"  # the file in the chain's folder that whoever works on it holds
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _STAGE = ("base", "settings", "export")
 
@@ -145,6 +146,8 @@ def _stage(name: str, part: Any, base: str | None, common: dict[str, Any], path:
             f"{name!r} of the chain {path} becomes the name of a folder: use letters, digits, "
             "'_', '-', '+' and '.'"
         )
+    if name == LOCK:
+        raise ValueError(f"a stage of {path} can't be called {name!r}, as a file of the chain is")
     part = {} if part is None else part
     if not isinstance(part, dict):
         raise ValueError(f"the stage {name!r} of {path} must be a mapping with {', '.join(_STAGE)}")

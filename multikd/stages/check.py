@@ -146,6 +146,7 @@ def _build(
         loader.setup("fit")
         loader.teardown("fit")
     epochs, steps = get(config, "trainer.max_epochs"), get(config, "trainer.max_steps")
+    steps = None if steps == -1 else steps  # Lightning's way of writing no bound
     shape = StageShape(
         student="several" if student is None else student.spec.name,
         parameters=sum(p.numel() for p in (student or module).parameters()),

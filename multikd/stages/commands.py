@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from multikd.files import file_lock
 from multikd.retention.taskfile import read_task_file
 from multikd.runs.folder import check_place
 from multikd.runs.tables import text_table
-from multikd.stages.chain import Chain, read_chain
+from multikd.stages.chain import KINDS, LOCK, Chain, read_chain
 from multikd.stages.check import StageShape, check_chain
-from multikd.stages.plan import stage_config, stage_folders
+from multikd.stages.inputs import check_stage, stale
+from multikd.stages.plan import places_in, stage_config, stage_folders
 from multikd.stages.run import do_stage
 
 
@@ -39,7 +41,7 @@ def run_stages(name: str, settings: StagesSettings) -> tuple[str, dict[str, Any]
         KeyboardInterrupt: what is done stays; the same command goes on.
     """
     chain = read_chain(name, split_changes(settings.changes))
-    out = settings.out
+    out = Path(os.path.abspath(settings.out))  # however it is spelt: configs hold it
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
     if chain.tasks is not None:
@@ -53,8 +55,9 @@ def run_stages(name: str, settings: StagesSettings) -> tuple[str, dict[str, Any]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, disable=not settings.progress, console=Console(stderr=True)) as bar:
         try:
-            with file_lock(out / "lock", wait=False):
+            with file_lock(out / LOCK, wait=False):
                 for number, stage in enumerate(chain.stages, 1):
+                    check_stage(chain, stage, out)
                     if folders.result(stage) is not None:
                         # Refuses where it was made with other settings than these.
                         folders.put_config(stage, stage_config(chain, stage, out))
@@ -85,15 +88,20 @@ def _told(
     chain: Chain, shapes: dict[str, StageShape], out: Path, dry: bool = False
 ) -> tuple[str, dict[str, Any]]:
     """The table of all stages and what ``--json`` writes."""
-    folders = stage_folders(out)
+    folders, places = stage_folders(out), places_in(chain, out)
     entries, rows = [], []
     for stage in chain.stages:
         result, shape = folders.result(stage), shapes[stage.name]
+        if result is not None:  # the folder may have been moved since
+            result |= {kind: places[stage.name, kind] for kind in KINDS}
+        former = stale(stage, out)
         known = {k: v for k, v in shape.to_json().items() if result is None or k != "parameters"}
         entries.append(
             {"stage": stage.name, "base": stage.base, **known, "done": result is not None}
+            | {"built_on_another": former}
             | (result or {})
         )
+        seconds = "to do" if result is None else f"{result['seconds_training']:.0f}"
         length = f"{shape.epochs} epochs" if shape.epochs else f"{shape.steps or '?'} steps"
         scores = {} if result is None else result["scores"]
         rows.append(
@@ -103,7 +111,7 @@ def _told(
                 "teachers": ", ".join(shape.teachers),
                 "student": f"{shape.student} ({shape.parameters / 1e6:.2f} M)",
                 "length": length,
-                "seconds": "to do" if result is None else f"{result['seconds_training']:.0f}",
+                "seconds": seconds if former is None else f"built on another {former}",
                 **{f"{task}": _shown(entry) for task, entry in scores.items()},
             }
         )

@@ -16,6 +16,7 @@ from multikd.runs.overrides import get
 from multikd.runs.process import fit_in_process
 from multikd.runs.scoring import score
 from multikd.stages.chain import Chain, Stage
+from multikd.stages.inputs import made, note_inputs
 from multikd.stages.plan import EXPORT, stage_config, stage_folders
 
 Told = Callable[[str], None]
@@ -40,6 +41,7 @@ def do_stage(chain: Chain, stage: Stage, out: Path, tell: Told) -> dict[str, Any
     folder = folders.folder(stage)
     config = stage_config(chain, stage, out)
     folders.put_config(stage, config)
+    note_inputs(stage, out)
     begun = time.perf_counter()
     tell(f"training ({folder}/fit.log)")
     fit_in_process(folder, sorted(allowed_by_user()))
@@ -70,4 +72,5 @@ def do_stage(chain: Chain, stage: Stage, out: Path, tell: Told) -> dict[str, Any
         "seconds_training": trained - begun,
         "seconds": time.perf_counter() - begun,
         "scores": scores,
+        **made(stage, folder / EXPORT),
     }

@@ -41,6 +41,7 @@ class Teacher(nn.Module):
         image_size: side of the images it sees (with ``resize="own"``); None takes its own.
         resize: ``own`` resizes to its image size (bicubic, antialiased); ``grid`` resizes by
             teacher patch / student patch, so that both grids agree; ``none`` leaves images.
+        align_corners: resize as DUNE does: the corner pixels' centres stay, no antialiasing.
         dtype: of weights and features; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
         mean: overrides the encoder's own.
         std: overrides the encoder's own.
@@ -68,6 +69,7 @@ class Teacher(nn.Module):
         encoder: str | nn.Module,
         image_size: int | None = None,
         resize: ResizePolicy = "own",
+        align_corners: bool = False,
         dtype: DtypeName = "auto",
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
@@ -89,6 +91,11 @@ class Teacher(nn.Module):
             )
         if resize not in ("own", "grid", "none"):
             raise ValueError(f"resize must be 'own', 'grid' or 'none', received {resize!r}")
+        if align_corners and resize == "none":
+            raise ValueError(
+                "align_corners says how images are resized, and resize is 'none': set resize to "
+                "'own' or 'grid', or leave align_corners out"
+            )
         if dtype != "auto" and dtype not in _DTYPES:
             raise ValueError(
                 f"dtype must be 'auto' or one of {sorted(_DTYPES)}, received {dtype!r}"
@@ -150,6 +157,7 @@ class Teacher(nn.Module):
                 f"bias must hold one number for each of {classes} classes, received {len(bias)}"
             )
         self.resize: ResizePolicy = resize
+        self.align_corners = align_corners
         self.dtype_name: DtypeName = dtype
         self._borrowed = False
         self._digest: str | None = None
@@ -219,6 +227,7 @@ class Teacher(nn.Module):
         spec = self.spec
         facts = (spec.image_size, spec.patch_size, spec.mean, spec.std, self.resize, spec.widths)
         tiles = "" if self.mosaic == 1 else f"|mosaic {self.mosaic}"
+        tiles += "|aligned corners" if self.align_corners else ""
         tiles += "" if self._head is None else f"|head {self._head.digest()}"
         if self.temperature != 1.0 or self._bias is not None:
             bias = None if self._bias is None else self._bias.tolist()
@@ -316,7 +325,7 @@ class Teacher(nn.Module):
         mixed = not own and dtype != torch.float32
         with torch.autocast(device.type, dtype=dtype) if mixed else without_autocast(device):
             size = self.input_size((images.shape[2], images.shape[3]), student_patch)
-            pixels = resized(images, size).float()
+            pixels = resized(images, size, self.align_corners).float()
             count = len(pixels)
             if self.mosaic > 1:
                 pixels = compose(pixels, self.mosaic)

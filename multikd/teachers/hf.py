@@ -196,7 +196,10 @@ def _as_sequences(images: Tensor, patch: int, grid: Grid) -> dict[str, Tensor]:
     return {
         "pixel_values": cut.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, patch * patch * c),
         "pixel_attention_mask": torch.ones(b, h * w, dtype=torch.long, device=images.device),
-        "spatial_shapes": torch.tensor([grid] * b, dtype=torch.long, device=images.device),
+        # Fills, not a copy from the host, which would wait for the device.
+        "spatial_shapes": torch.stack(
+            [torch.full((b,), side, dtype=torch.long, device=images.device) for side in grid], dim=1
+        ),
     }
 
 

@@ -127,6 +127,7 @@ class KeptTeacher(Teacher):
         self._borrowed = False
         self._digest = None
         self.resize = settings.get("resize", "own")
+        self.align_corners = settings.get("align_corners", False)
         self.dtype_name = settings.get("dtype", "auto")
         self.mosaic = settings.get("mosaic", 1)
         self.channels_last = False

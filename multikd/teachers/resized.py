@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from multikd.types import Grid
 
-_SIZES: ContextVar[dict[tuple[int, Grid], tuple[Tensor, Tensor]] | None] = ContextVar(
-    "_SIZES", default=None
-)
+_Key = tuple[int, Grid, bool]
+_SIZES: ContextVar[dict[_Key, tuple[Tensor, Tensor]] | None] = ContextVar("_SIZES", default=None)
 
 
 @contextmanager
@@ -26,8 +25,10 @@ def shared_sizes() -> Iterator[None]:
         _SIZES.reset(token)
 
 
-def resized(images: Tensor, size: Grid) -> Tensor:
-    """Float images ``(B, 3, H, W)`` in [0, 1], bicubic and antialiased to ``size``.
+def resized(images: Tensor, size: Grid, align_corners: bool = False) -> Tensor:
+    """Float images ``(B, 3, H, W)`` in [0, 1], bicubic to ``size``.
+
+    Antialiased; with ``align_corners`` not, and the centres of the corner pixels stay (DUNE).
 
     Bicubic weights overshoot; an 8-bit image, which encoders were trained on, cannot: the result is
     cut to [0, 1]. It may be shared, so it must not be written to.
@@ -35,12 +36,16 @@ def resized(images: Tensor, size: Grid) -> Tensor:
     if size == (images.shape[2], images.shape[3]):
         return images
     known = _SIZES.get()
-    key = (id(images), size)
+    key = (id(images), size, align_corners)
     # The images themselves are kept beside, so that no other tensor takes their id.
     if known is not None and key in known:
         return known[key][1]
     made = functional.interpolate(
-        images.float(), size, mode="bicubic", antialias=True, align_corners=False
+        images.float(),
+        size,
+        mode="bicubic",
+        antialias=not align_corners,
+        align_corners=align_corners,
     ).clamp_(0.0, 1.0)
     if known is not None:
         known[key] = (images, made)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from multikd.ablation.stages import planned_runs
 from multikd.ablation.state import StudyFolder
 from multikd.ablation.study import read_study
 from multikd.ablation.subsets import subsets_of
-from multikd.ablation.worker import DiskFullError, work_on
+from multikd.ablation.worker import DiskFullError
 from multikd.cli import main
 from multikd.fit import parse_config
 from multikd.modules.distillation import DistillationModule
@@ -114,11 +114,6 @@ def test_a_study_trains_scores_ranks_and_goes_on(
     assert scores["map"]["value"] == result["scores"]["map"]["value"]
 
 
-def _work_in_child(out: Path) -> None:
-    os.setpgid(0, 0)
-    work_on(out)
-
-
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_table(
     place: Place, tmp_path: Path, here: None
@@ -134,15 +129,27 @@ def test_killed_again_and_again_it_ends_with_the_same_table(
     from multikd.ablation.worker import write_job
 
     write_job(out, planner.study.tasks, planner.study.data, None)
-    context = multiprocessing.get_context("fork")
+    # A process of its own: what autograd has run in can't be forked. One thread as here, for the
+    # same bits; it tells when it begins, so that pauses don't count its imports.
+    script = (
+        "import pathlib, sys\n"
+        "from multikd.fit import run_lightning\n"
+        "from multikd.ablation.worker import work_on\n"
+        "print('ready', flush=True)\n"
+        "work_on(pathlib.Path(sys.argv[1]))\n"
+    )
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     for pause in (0.3, 0.9, 1.5, 2.1):
         before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
-        child = context.Process(target=_work_in_child, args=(out,))
-        child.start()
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, env=one_thread
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
         time.sleep(pause)
-        if child.pid is not None and child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-        child.join()
+        child.kill()
+        child.wait()
+        child.stdout.close()
         # What was finished is left alone.
         assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     _, board = run_ablate(study, settings(out))

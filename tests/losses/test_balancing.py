@@ -196,6 +196,9 @@ def test_mistakes_are_named() -> None:
         InverseLossScale()(torch.rand(1), ["zoe"])
     with pytest.raises(ValueError, match=r"weights 'zoey': did you mean 'zoe'"):
         bound(FixedWeights({"zoey": 1.0}))
+    for temperature in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be above 0 and finite"):
+            DynamicWeightAverage(temperature)
     with pytest.raises(ValueError, match="all teachers have weight 0"):
         bound(FixedWeights(dict.fromkeys(NAMES, 0.0)))
     with pytest.raises(ValueError, match=r"for each of 2 teachers, received \(3,\)"):

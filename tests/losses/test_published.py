@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.copies import HostCopies
 from helpers.ddp import run_ranks
 from torch import Tensor
 
@@ -239,6 +240,16 @@ def test_a_nan_outside_the_overlap_does_not_count() -> None:
     assert torch.isfinite(s.patches.grad).all()  # type: ignore[arg-type]
 
 
+def test_a_shift_is_applied_without_a_copy_from_the_host() -> None:
+    s, y = draw(1), draw(2)
+    with HostCopies() as copies:
+        torch.tensor([1.0])
+    assert copies.found == 1
+    with HostCopies() as copies:
+        ShiftEquivariantMSE()(s, y, shift=SHIFTS)
+    assert copies.found == 0
+
+
 def test_shifts_are_read_from_the_batch() -> None:
     batch = Batch(
         [torch.zeros(2, 3, 4, 4, dtype=torch.uint8)] * 2,
@@ -328,6 +339,8 @@ def test_mistakes() -> None:
         (lambda: MSELoss(0.0, 0.0), "not both 0"),
         (lambda: AngleLoss(momentum=0.0), r"momentum must be in \(0, 1\]"),
         (lambda: AngleLoss(floor=0.0), "floor must be above 0"),
+        (lambda: AngleLoss(floor=torch.nan), "floor must be above 0 and finite, received nan"),
+        (lambda: FeatureLoss(beta=torch.nan), "beta must be 0 or more and finite, received nan"),
         (lambda: LossSum({}), "at least one loss"),
         (lambda: LossSum({"a": MSELoss()}, {"b": 1.0}), "which is no loss here: they are a"),
         (lambda: LossSum({"a": MSELoss()}, {"a": -1.0}), "weights of 0 or more"),

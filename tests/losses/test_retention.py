@@ -85,6 +85,7 @@ def test_what_it_refuses() -> None:
         ({"measure": "l1"}, "'cosine' or 'mse'"),
         ({"summary": -1.0}, "not both 0"),
         ({"summary": 0.0, "patches": 0.0}, "not both 0"),
+        ({"summary": float("nan")}, "must be finite"),
         ({"weight": -1.0}, "weight"),
     ):
         with pytest.raises(ValueError, match=said):

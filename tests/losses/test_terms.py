@@ -245,6 +245,19 @@ def test_relations_are_the_papers(term: RelationTerm, reference: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("settings", [{"distance": -1.0}, {"distance": 0.0, "angle": 0.0},
+                                      {"distance": torch.nan}, {"angle": torch.nan},
+                                      {"angle": torch.inf}])  # fmt: skip
+def test_weights_of_relations_are_finite(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="finite weights of 0 or more, not both 0"):
+        RKDTerm(**settings)  # type: ignore[arg-type]
+
+
+def test_a_weight_of_a_decoupled_part_is_finite() -> None:
+    with pytest.raises(ValueError, match="0 or more and finite, received nan"):
+        ResponseTerm(decoupled=True, target_weight=torch.nan)
+
+
 def test_images_in_one_place_have_finite_gradients() -> None:
     s = normal(B, D, seed=1)
     s[1] = s[0]

@@ -16,8 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multikd.backbones import skeleton
+from multikd.checkpoints import TrainedStudent
+from multikd.export import standalone_classifier
+from multikd.export.card import CardFacts
+from multikd.export.shared_classifier import write_classifier
+from multikd.export.timm_folder import TimmOptions, write_timm
 from multikd.modules import AdaptiveModule
-from multikd.modules.adaptive import anchored, drift
+from multikd.modules.adaptive import DEPLOYED_KEY, anchored, drift
 from multikd.modules.optimizing import SecondOptimizer
 from multikd.projectors import BottleneckProjector, to_map
 from multikd.teachers import TrainableTeacher
@@ -193,6 +198,24 @@ def test_what_is_scored_is_projector_and_shared_classifier(tmp_path: Path) -> No
     assert float(runner.callback_metrics["val/loss"]) == pytest.approx(
         float(loss.detach()), rel=1e-5
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resize", ["own", "none"])
+def test_what_is_exported_answers_as_the_module_at_every_size(tmp_path: Path, resize: str) -> None:
+    module = AdaptiveModule(
+        {"t": methods.teacher("test_resnet", resize=resize)}, small.student(name="resnet10t")
+    ).eval()
+    layout = {"t": module._layout("t", module.student.spec.image_size)}
+    checkpoint = {DEPLOYED_KEY: layout, "state_dict": module.state_dict()}
+    trained = TrainedStudent(module.student, {}, {}, "raw", 1, 1, "", checkpoint)
+    write_timm(tmp_path, trained.student, CardFacts(), TimmOptions())
+    write_classifier(tmp_path, trained)
+    deployed = standalone_classifier.load(tmp_path)
+    for size in ((32, 32), (33, 33), (40, 72), (64, 32), (96, 96)):
+        images = torch.rand(2, 3, *size)
+        expected = module(images).logits.softmax(1)
+        assert torch.allclose(deployed(images).softmax(1), expected, atol=1e-5), size
 
 
 @torch.no_grad()

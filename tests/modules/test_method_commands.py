@@ -135,6 +135,10 @@ def test_from_a_config_to_an_export(
             assert logits.shape == (3, 10)
             assert "student_classifier.load()" in capsys.readouterr().out
             assert "## The shared classifier" in (out / "README.md").read_text()
+            bare = [str(checkpoint), str(tmp_path / "bare"), "--no-cost", "--no-final-norm"]
+            assert main(["export", *bare]) == 0
+            assert "the shared classifier" in capsys.readouterr().err
+            assert not (tmp_path / "bare" / "classifier.json").exists()
         else:
             assert torch.equal(answer, features.logits)
     assert trained.weights == ("ema" if name == "self" else "raw")

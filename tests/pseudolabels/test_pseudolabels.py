@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from ablation.conftest import Place
-from data.shard_maker import make_shards
+from data.shard_maker import make_shards, png
 
 from multikd.cli import main
 from multikd.data.decode import SampleFault
@@ -136,6 +137,31 @@ def test_written_shards_hold_the_ensembles_probabilities_and_go_on_after_a_kill(
     assert report.total == len(kept)
 
 
+def test_samples_of_one_name_in_several_folders_stay_apart(tmp_path: Path) -> None:
+    shards, out = tmp_path / "in", tmp_path / "out"
+    shards.mkdir()
+    long = "folder/" * 14 + "image"
+    names = ["a/0", "b/0", long, long.replace("image", "other")]
+    with tarfile.open(shards / "s.tar", "w") as tar:
+        for number, name in enumerate(names):
+            data = png(number, (32, 32))
+            info = tarfile.TarInfo(f"{name}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    label(shards, out, 0.0)
+    source, raw = ShardSource(str(out)), ShardSource(str(shards))
+    assert int(source.lengths[0]) == 4
+    assert [source.key(0, i) for i in range(2)] == ["a/0", "b/0"]
+    for i in range(4):
+        assert source.read_members(0, i)["png"] == raw.read_members(0, i)["png"]
+
+
+def test_images_of_which_none_can_be_read_are_said(tmp_path: Path) -> None:
+    make_shards(tmp_path / "in", [3], broken=[0, 1, 2], size=(32, 32))
+    with pytest.raises(ValueError, match="none of the 3 images can be read"):
+        label(tmp_path / "in", tmp_path / "out", 0.0)
+
+
 def test_a_mixture_trains_on_both_kinds_of_label(tmp_path: Path) -> None:
     make_shards(tmp_path / "in", [12], size=(32, 32))
     label(tmp_path / "in", tmp_path / "out", 0.0)
@@ -204,6 +230,15 @@ def test_of_the_command(
     ):
         assert main([*command, *out, *wrong]) == 2
         assert said in capsys.readouterr().err
+    config["model"]["init_args"] |= {
+        "teachers": {}, "loss": {"class_path": "multikd.losses.NoFeatureLoss"},
+        "terms": {"labels": {"class_path": "multikd.losses.LabelLoss"}},
+    }  # fmt: skip
+    config["model"]["init_args"]["student"]["init_args"]["num_classes"] = 10
+    (tmp_path / "none.yaml").write_text(yaml.safe_dump(config))
+    none = [command[0], f"--config={tmp_path / 'none.yaml'}", *command[2:]]
+    assert main([*none, *out]) == 2
+    assert "this config has no teachers" in capsys.readouterr().err
     assert main([*command, "--out", str(place.root / "test")]) == 2
     assert "is the folder of the images" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -11,11 +11,12 @@ import yaml
 from ablation.conftest import Place
 
 from multikd.cli import main
+from multikd.runs.overrides import get
 from multikd.shipped import shipped_searches
 from multikd.sizes import commands
 from multikd.sizes.commands import SizesSettings, run_sizes
 from multikd.sizes.rule import levelled_off, smallest_good
-from multikd.sizes.run import SizeRun
+from multikd.sizes.run import SizeRun, size_config
 from multikd.sizes.search import Search, read_search
 
 SIZES = {f"w{width}": {"model.student.model_args": {"embed_dim": width}} for width in
@@ -102,6 +103,16 @@ def test_sizes_go_from_small_up_until_the_score_levels_off(
     assert now["w16"]["latency_ms"] > 0
     assert now["w32"]["latency_ms"] == -1.0
 
+    # Tasks that the sizes were not scored on.
+    tasks = yaml.safe_load((place.root / "tasks.yaml").read_text())
+    tasks["tasks"]["other"] = tasks["tasks"]["knn"]
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks))
+    other = write_search(
+        place, tmp_path / "o.yaml", tasks=str(tmp_path / "tasks.yaml"), score="other"
+    )
+    with pytest.raises(ValueError, match=r"'w16' was scored on knn, and .* decides by 'other'"):
+        run_sizes(other, settings)
+
     # A budget that the larger ones don't fit; none that fits any.
     monkeypatch.setattr(
         commands, "do_size", lambda s, r, o: {"scores": {"knn": {"value": SCORES[r.size]}}}
@@ -114,6 +125,25 @@ def test_sizes_go_from_small_up_until_the_score_levels_off(
     tight = write_search(place, tmp_path / "t.yaml", budget={"latency_ms": 1e-6})
     with pytest.raises(ValueError, match=r"no size .* is within the budget; the smallest, 'w16'"):
         run_sizes(tight, SizesSettings(tmp_path / "t", progress=False))
+
+
+def test_a_size_may_be_named_by_a_number_and_settings_hold_out_anywhere(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {16: SIZES["w16"], 32: SIZES["w32"]}
+    name = write_search(
+        place, tmp_path / "s.yaml", sizes=sizes, settings={"data.train": {"a": ["{out}/x", 1]}}
+    )
+    search = read_search(name)
+    config = size_config(search, SizeRun("16", 0), Path("here"))
+    assert get(config, "data.train") == {"a": ["here/x", 1]}
+    monkeypatch.setattr(
+        commands, "do_size", lambda s, r, o: {"scores": {"knn": {"value": SCORES[f"w{r.size}"]}}}
+    )
+    name = write_search(place, tmp_path / "s.yaml", sizes=sizes)
+    text, figures = run_sizes(name, SizesSettings(tmp_path / "out", progress=False))
+    assert figures["chosen"] == "32"
+    assert "the answer: 32" in text
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +25,15 @@ from stages.conftest import teacher, write_chain
 from multikd.cli import main
 from multikd.config_files import load_config
 from multikd.runs.folder import CONFIG
+from multikd.runs.overrides import get
 from multikd.runs.process import fit_in_process
 from multikd.runs.trainer import own_folder
-from multikd.shipped import shipped_chains
+from multikd.shipped import find_chain, shipped_chains
 from multikd.stages import run
 from multikd.stages.chain import read_chain
 from multikd.stages.check import check_chain
 from multikd.stages.commands import StagesSettings, run_stages, split_changes
+from multikd.stages.plan import stage_config
 
 
 def settings(out: Path, **change: Any) -> StagesSettings:
@@ -181,6 +185,54 @@ def test_a_run_that_fails_upon_a_signal_has_failed(tmp_path: Path) -> None:
     assert ended.stdout.startswith("ValueError no room for the checkpoint (code 1"), ended
 
 
+@pytest.mark.slow
+def test_a_chain_goes_on_however_out_is_spelt_and_only_with_what_it_was_built_on(
+    place: Place, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"trainer.max_epochs": 1}
+    chain, out = write_chain(place, tmp_path / "chain.yaml", settings=short), tmp_path / "o ut"
+    monkeypatch.chdir(tmp_path)
+    run_stages(chain, settings(Path("o ut")))
+    here.clear()
+    for spelling in (out, Path("./o ut"), out / ".." / "o ut"):
+        run_stages(chain, settings(spelling))
+    assert here == []
+    # Made by a version that kept the spelling, and moved since.
+    for stage in ("first", "larger"):
+        config = out / stage / CONFIG
+        content = json.dumps(yaml.safe_load(config.read_text()))
+        config.write_text(content.replace(str(out), "before/o ut"))
+    _, figures = run_stages(chain, settings(out))
+    assert here == []
+    assert figures["stages"][1]["export"] == str(out / "larger" / "export")
+    assert "before/o ut" not in (out / "larger" / CONFIG).read_text()
+    # The first stage is gone: it is made again, and is what it was, to the bit.
+    shutil.rmtree(out / "first")
+    text, figures = run_stages(chain, settings(out, dry_run=True))
+    assert "built on another first" in " ".join(text.split())
+    assert figures["stages"][1]["built_on_another"] == "first"
+    run_stages(chain, settings(out))
+    assert here == ["first"]
+    # Another one: what was built on the former one is not of this chain.
+    shutil.rmtree(out / "first")
+    other = settings(out, changes=("first:seed_everything=7",))
+    with pytest.raises(ValueError, match="'larger'.*built on another 'first'.*remove .*larger"):
+        run_stages(chain, other)
+    shutil.rmtree(out / "larger")
+    here.clear()
+    assert all(entry["done"] for entry in run_stages(chain, other)[1]["stages"])
+    assert here == ["larger"]
+    # An export that is to be another is no longer done, either.
+    stages = yaml.safe_load(Path(chain).read_text())["stages"]
+    stages["larger"]["export"] = {"heads": ["first"]}
+    chain = write_chain(place, tmp_path / "chain.yaml", settings=short, stages=stages)
+    with pytest.raises(ValueError, match="'larger'.*was exported with .*result.json"):
+        run_stages(chain, other)
+    (out / "larger" / "result.json").unlink()
+    run_stages(chain, other)
+    assert (out / "larger" / "export" / "heads.json").is_file()
+
+
 # --- refused before anything trains -----------------------------------------------------------
 
 
@@ -204,6 +256,7 @@ STAGES: list[tuple[dict[str, Any], str]] = [
     ({"a": {"settings": {"model.student.name.size": 1}}}, r"stage 'a'.*has no settings"),
     ({"a": {"setting": {}}}, r"unknown setting 'setting': did you mean 'settings'\?"),
     ({"a/b": None}, r"becomes the name of a folder"),
+    ({"lock": None}, r"can't be called 'lock'"),
     ({}, r"has no stages"),
     ({"a": {"base": "no_such"}}, r"stage 'a'.*unknown config 'no_such'"),
     ({"a": {"settings": {"data.train": "nowhere/"}}}, r"stage 'a'"),
@@ -225,7 +278,12 @@ def test_what_can_be_known_is_said_before_anything_trains(
 def test_of_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain = write_chain(place, tmp_path / "chain.yaml")
     assert main(["stages", chain, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert re.search(r"larger .* first ", " ".join(capsys.readouterr().out.split()))
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"larger .* first ", text)
+    assert "2 epochs" in text
+    bound = ["--set", "trainer.max_steps=-1", "--dry-run"]
+    assert main(["stages", chain, "--out", str(tmp_path / "out"), *bound]) == 0
+    assert "2 epochs" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     file = tmp_path / "file"
     file.touch()
@@ -237,6 +295,22 @@ def test_of_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixt
         assert main(["stages", chain, *arguments]) == 2
         assert said in capsys.readouterr().err
     assert split_changes(["a:b=[1]", "c=x"]) == {"a:b": [1], "c": "x"}
+
+
+def test_the_command_in_dune_s_header_names_what_a_user_must_bring(tmp_path: Path) -> None:
+    header = [line[1:].strip() for line in find_chain("dune_vitb14").read_text().splitlines()
+              if line.startswith("#")]  # fmt: skip
+    begin = next(i for i, line in enumerate(header) if line.startswith("multikd stages"))
+    words = shlex.split(
+        " ".join(line.rstrip("\\") for line in header[begin : header.index("", begin)])
+    )
+    changes = split_changes([words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    chain = read_chain("dune_vitb14", changes)
+    for stage in chain.stages:
+        config = stage_config(chain, stage, tmp_path)
+        assert get(config, "model.teachers.mast3r.encoder") == "onnx:mast3r_encoder.onnx"
+        assert get(config, "model.teachers.multihmr.encoder.checkpoint") == "multihmr_672_L.pt"
+        assert get(config, "data.train.multihmr.urls") == "HUMANS/{0000..0399}.tar"
 
 
 @pytest.mark.parametrize("name", [n for n in shipped_chains() if n.endswith("_tiny")])

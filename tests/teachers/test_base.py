@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multikd.teachers import BackboneEncoder, Teacher, TeacherDict, TimmEncoder
+from multikd.teachers.resized import shared_sizes
 from multikd.types import EncoderSpec, TokenFeatures, Widths
 
 # family → (timm name, image size, grid, widths)
@@ -198,6 +199,23 @@ class TestGeometry:
         assert teacher.input_size((96, 64), 16) == (84, 56)
         assert teacher.grid_for((96, 64), 16) == (6, 4)
         assert teacher(torch.rand(1, 3, 96, 64), 16).grid == (6, 4)
+
+    def test_aligned_corners_are_dune_s_resize(self) -> None:
+        encoder = encoder_of("registers")
+        pixels = images(64)
+        plain = Teacher(copy.deepcopy(encoder), resize="grid")
+        aligned = Teacher(copy.deepcopy(encoder), resize="grid", align_corners=True)
+        by_hand = nn.functional.interpolate(
+            pixels, (56, 56), mode="bicubic", align_corners=True
+        ).clamp(0, 1)
+        expected = Teacher(copy.deepcopy(encoder), resize="none")(by_hand)
+        with shared_sizes():  # what one of them made is not the other's
+            first, second = plain(pixels, 16), aligned(pixels, 16)
+        torch.testing.assert_close(second.patches, expected.patches)
+        assert not torch.allclose(first.patches, second.patches, atol=1e-3)
+        assert plain.fingerprint() != aligned.fingerprint()  # caches of one are not the other's
+        with pytest.raises(ValueError, match="set resize to 'own' or 'grid'"):
+            Teacher(copy.deepcopy(encoder), resize="none", align_corners=True)
 
     def test_grid_resize_needs_the_student_s_patch(self) -> None:
         teacher = Teacher(copy.deepcopy(encoder_of("registers")), resize="grid")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.copies import HostCopies
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -18,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 from multikd.backbones import skeleton  # noqa: E402
 from multikd.errors import MissingExtraError  # noqa: E402
 from multikd.teachers import HuggingFaceEncoder, Teacher, list_encoders, load_encoder  # noqa: E402
-from multikd.teachers.hf import FAMILIES  # noqa: E402
+from multikd.teachers.hf import FAMILIES, _as_sequences  # noqa: E402
 from multikd.types import Widths  # noqa: E402
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
@@ -257,3 +258,10 @@ def test_they_are_listed_and_inspected(folders: Callable[[str], Path]) -> None:
     assert done.returncode == 0, done.stderr
     assert "summary        none" in done.stdout
     assert "(1, 16, 12)" in done.stdout
+
+
+def test_sequences_are_made_without_a_copy_from_the_host() -> None:
+    with HostCopies() as copies:
+        made = _as_sequences(torch.rand(3, 3, 16, 24), 8, (2, 3))
+    assert copies.found == 0
+    assert made["spatial_shapes"].tolist() == [[2, 3]] * 3
