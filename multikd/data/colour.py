@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +23,9 @@ JITTER_ORDERS: tuple[tuple[int, ...], ...] = tuple(itertools.permutations(range(
 """The 24 orders of brightness (0), contrast (1), saturation (2) and hue (3), lexicographic."""
 
 _Matrix = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float32]
+_COLUMNS = 20_480  # multiplied by 3×4 numbers at once: with 21,846, OpenBLAS would start threads
+_BLOCK = 16  # rows or columns that are blurred by one product
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow and torchvision
 _GREY = np.tile(_LUMA, (3, 1))
 
@@ -83,57 +86,74 @@ def jitter(
     grey: bool = False,
 ) -> Tensor:
     """``jitter_matrix`` on a uint8 view, and greyscale behind it; rounded and clipped once."""
-    values = view.reshape(3, -1).float()
-    mean = (values.sum(1) / values.shape[1]).tolist()
-    matrix = jitter_matrix(brightness, contrast, saturation, hue, order, mean)
-    return _transformed(view, values, _GREY @ matrix if grey else matrix)
+    values = _planes(view)
+    mean = np.einsum("ij->i", values[:3]) / values.shape[1]
+    matrix = jitter_matrix(brightness, contrast, saturation, hue, order, mean.tolist())
+    return _transformed(values, _GREY @ matrix if grey else matrix).view(view.shape)
 
 
 def grey(view: Tensor) -> Tensor:
     """Luma (ITU-R 601) in all three channels."""
-    values = view.reshape(3, -1).float()
-    return _transformed(view, values, np.column_stack([_GREY, np.zeros(3)]))
+    matrix = np.column_stack([_GREY, np.zeros(3)])
+    return _transformed(_planes(view), matrix).view(view.shape)
 
 
-def _transformed(view: Tensor, values: Tensor, matrix: _Matrix) -> Tensor:
-    # Plane by plane: for a product with a 3×3 matrix, libraries take twice as long.
-    moved = torch.empty_like(values)
-    for plane, weights in zip(moved, matrix.tolist(), strict=True):
-        torch.mul(values[0], weights[0], out=plane)
-        plane.add_(values[1], alpha=weights[1]).add_(values[2], alpha=weights[2])
-        plane.add_(weights[3] + 0.5)  # half up, by the truncation below
-    return _to_bytes(moved).view(view.shape)
+def _planes(view: Tensor) -> _Floats:
+    """uint8 ``(3, H, W)`` → float32 ``(4, H·W)``, the last row ones."""
+    pixels = view.numpy().reshape(3, -1)
+    values = np.empty((4, pixels.shape[1]), dtype=np.float32)
+    values[:3] = pixels
+    values[3] = 1.0
+    return values
 
 
-def _to_bytes(values: Tensor) -> Tensor:
-    """Floats clipped to 0 … 255 and truncated; through numpy, whose conversion is vectorised."""
-    return torch.from_numpy(values.clamp_(0.0, 255.0).numpy().astype(np.uint8))
+def _transformed(values: _Floats, matrix: _Matrix) -> Tensor:
+    """``matrix`` ``(3, 4)`` times ``values`` ``(4, N)``, as bytes."""
+    rounding = np.array((0.0, 0.0, 0.0, 0.5))  # half up, by the truncation in the end
+    narrow = (matrix + rounding).astype(np.float32)
+    count = values.shape[1]
+    bytes_ = np.empty((3, count), dtype=np.uint8)
+    moved = np.empty((3, min(count, _COLUMNS)), dtype=np.float32)
+    for start in range(0, count, _COLUMNS):
+        part = values[:, start : start + _COLUMNS]
+        result = np.matmul(narrow, part, out=moved[:, : part.shape[1]])
+        torch.from_numpy(result).clamp_(0.0, 255.0)  # in half of the time of numpy's
+        bytes_[:, start : start + _COLUMNS] = result
+    return torch.from_numpy(bytes_)
 
 
-@lru_cache(maxsize=256)
-def _kernel(size: int, sigma: float) -> tuple[float, ...]:
-    offsets = np.linspace(-(size - 1) / 2, (size - 1) / 2, size)
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-    return tuple((weights / weights.sum()).tolist())
+def _band(size: int, sigma: float) -> _Floats:
+    """A Gaussian kernel as a matrix ``(_BLOCK, _BLOCK + size − 1)``: each row one pixel further."""
+    half, width = size // 2, _BLOCK + size - 1
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-half, half + 1)]
+    total = sum(weights)
+    band = np.zeros((_BLOCK, width + 1), dtype=np.float32)
+    band[:, :size] = [weight / total for weight in weights]
+    return band.ravel()[: _BLOCK * width].reshape(_BLOCK, width)  # one less a row shifts the rows
 
 
 def blur(image: Tensor, sigma: float, size: int) -> Tensor:
     """Gaussian blur of a uint8 ``(3, H, W)`` image with a ``size``-wide kernel, edges reflected.
 
     The two-dimensional kernel is the outer product of one-dimensional ones, so two passes give
-    what one would; each is a sum of shifted images, quicker than a convolution of one channel.
+    what one would; each multiplies blocks of rows or columns by a band matrix: more products than
+    the kernel has, in half of the time.
     """
-    kernel = _kernel(size, sigma)
-    half = size // 2
-    height, width = image.shape[1:]
-    padded = functional.pad(image[None].float(), (half, half, half, half), mode="reflect")[0]
-    rows = padded[:, :height] * kernel[0]
-    for offset, weight in enumerate(kernel[1:], start=1):
-        rows.add_(padded[:, offset : offset + height], alpha=weight)
-    values = rows[:, :, :width] * kernel[0]
-    for offset, weight in enumerate(kernel[1:], start=1):
-        values.add_(rows[:, :, offset : offset + width], alpha=weight)
-    return _to_bytes(values.add_(0.5))
+    band, half = _band(size, sigma), size // 2
+    right = np.ascontiguousarray(band.T)
+    width, (height, length) = len(right), image.shape[1:]
+    down, along = -height % _BLOCK, -length % _BLOCK  # so that the blocks come out even
+    padded = functional.pad(image[None].float(), (half, half, half, half), mode="reflect")
+    if down or along:
+        padded = functional.pad(padded, (0, along, 0, down))
+    blocks = sliding_window_view(padded[0].numpy(), width, axis=1)[:, ::_BLOCK]
+    rows = np.matmul(band, blocks.swapaxes(2, 3)).reshape(3, height + down, -1)
+    rows += np.float32(0.5)  # half up; the weights add up to 1
+    blocks = sliding_window_view(rows, width, axis=2)[:, :, ::_BLOCK]
+    values = np.empty((*blocks.shape[:3], _BLOCK), dtype=np.float32)
+    np.matmul(blocks.swapaxes(1, 2), right, out=values.swapaxes(1, 2))
+    blurred = values.astype(np.uint8).reshape(3, height + down, length + along)
+    return torch.from_numpy(np.ascontiguousarray(blurred[:, :height, :length]))
 
 
 def solarize(image: Tensor, threshold: int) -> Tensor:

@@ -162,6 +162,7 @@ class SampleReader:
     def _tries(self, dataset: int, number: int) -> Iterator[tuple[int, bool]]:
         """A sample and what may stand in for it, in turn; whether each is of another shard."""
         source = self.sources[dataset]
+        yield number, False  # nearly always the only one: what follows is worked out after it
         length, shards = len(source), len(source.urls)
         near = [((number + n) % length, False) for n in range(1, min(NEIGHBOURS, length - 1) + 1)]
         shard, offset = source.locate(number)
@@ -169,7 +170,6 @@ class SampleReader:
         for n in range(1, min(NEIGHBOURS, shards - 1) + 1):
             other = (shard + n) % shards
             far.append((int(source.starts[other] + offset % source.lengths[other]), True))
-        yield number, False
         yield from (*near[:2], *far[:1], *near[2:], *far[1:])
 
     def label(self, dataset: int, number: int) -> int | None:
