@@ -320,7 +320,7 @@ class ShardDataset(Dataset[Batch]):
         number: Ints,
         numbers: Sequence[int],
     ) -> Batch:
-        views: list[list[Tensor]] = [[] for _ in numbers]
+        views: list[Tensor] = []
         shown = [self.schedule.shown(n, len(positions)) for n in numbers]
         every = [self.policies, *self.own.values()]
         size = max(len(policies[n].names) for policies in every for n in numbers)
@@ -355,9 +355,16 @@ class ShardDataset(Dataset[Batch]):
             visible = [view for view, most in enumerate(shown) if row < most]
             for view, (drawn, image) in zip(visible, seen, strict=True):
                 parameters[row, view, : len(drawn)] = drawn
-                views[view].append(image)
+                if row == 0:
+                    views.append(image.new_empty((shown[view], *image.shape)))
+                elif image.shape != views[view].shape[1:]:
+                    raise ValueError(
+                        f"views of one batch must be equally large: expected "
+                        f"{tuple(views[view].shape[1:])}, received {tuple(image.shape)}"
+                    )
+                views[view][row] = image  # while it is in the processor's cache
         return Batch(
-            views=[torch.stack(images) for images in views],
+            views=views,
             labels=torch.tensor(labels, dtype=torch.int64),
             keys=keys,
             dataset=torch.from_numpy(dataset),
