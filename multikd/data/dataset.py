@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -218,14 +218,18 @@ def decode_members(
     return Sample(pixels, label, key, decode_columns(members, columns), soft)
 
 
-def _wanted(source: ShardSource, shard: int) -> list[str]:
+def _wanted(source: ShardSource, shard: int) -> tuple[str, ...]:
     """Extensions of the image and of the label; large other members are not read."""
-    extensions = source.indexes[shard].extensions
-    return [
+    return _read_of(source.indexes[shard].extensions)
+
+
+@lru_cache(maxsize=64)
+def _read_of(extensions: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
         e
         for e in extensions
         if e.rpartition(".")[2] in IMAGE_EXTENSIONS or e in ("cls", "json", SOFT)
-    ]
+    )
 
 
 class ShardDataset(Dataset[Batch]):
