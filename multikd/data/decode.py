@@ -171,14 +171,14 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
 
 def _jpeg_header(data: bytes) -> bytes | None:
     """Everything before a JPEG's pixels; None where it is not one marked segment after another."""
-    place = 2
-    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+    place, last = 2, len(data) - 4
+    while place <= last and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == _START_OF_SCAN:
             return data[:place]
         if marker == 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # padding, or no length
             return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+        place += 2 + (data[place + 2] << 8 | data[place + 3])
     return None
 
 
