@@ -23,7 +23,7 @@ from multikd.files import write_atomically
 from multikd.types import Grid, TokenFeatures
 from multikd.untrusted import inside, read_json
 
-FORMAT = 2
+FORMAT = 3
 _CHUNK_BYTES = 4 << 20
 _STORAGE = tuple(f.name for f in fields(CacheStorage))
 DIGEST = 32

@@ -8,6 +8,7 @@ what ``Generator`` methods make of them, so the mapping to floats and permutatio
 
 from __future__ import annotations
 
+import threading
 from enum import IntEnum
 
 import numpy as np
@@ -15,6 +16,21 @@ import numpy.typing as npt
 
 _MASK = (1 << 64) - 1
 _UNIT = 2.0**-53
+_UNUSED_BITS = np.uint64(11)  # of a word, beyond the 53 of a float64
+_EMPTY = np.zeros(4, dtype=np.uint64)
+
+
+class _Generators(threading.local):
+    """One bit generator a thread, whose whole state every draw sets.
+
+    Making a new one takes four times as long, as it asks the system for entropy that is not used.
+    """
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+
+
+_generators = _Generators()
 
 
 class Stream(IntEnum):
@@ -37,9 +53,18 @@ def raw_words(
     The lowest counter word runs over the draws themselves, so neighbouring counters never share
     words.
     """
-    key = (int(stream) << 64) | (seed & _MASK)
-    counter = ((a & _MASK) << 64) | ((b & _MASK) << 128) | ((c & _MASK) << 192)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    counter = np.array((0, a & _MASK, b & _MASK, c & _MASK), dtype=np.uint64)
+    key = np.array((seed & _MASK, int(stream)), dtype=np.uint64)
+    philox = _generators.philox
+    philox.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": counter, "key": key},
+        "buffer": _EMPTY,
+        "buffer_pos": len(_EMPTY),  # nothing left of an earlier draw
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return philox.random_raw(count)
 
 
 def uniforms(
@@ -47,7 +72,7 @@ def uniforms(
 ) -> npt.NDArray[np.float64]:
     """``count`` uniform draws in [0, 1), float64 with 53 random bits each."""
     words = raw_words(count, seed, stream, a, b, c)
-    return (words >> np.uint64(11)).astype(np.float64) * _UNIT
+    return (words >> _UNUSED_BITS).astype(np.float64) * _UNIT
 
 
 def permutation(

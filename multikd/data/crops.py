@@ -44,16 +44,18 @@ def crop_box(
     return ((height - h) // 2) / height, ((width - w) // 2) / width, h / height, w / width
 
 
-def crop_resize(pixels: Pixels, box: list[float], size: int) -> Tensor:
+def crop_resize(pixels: Pixels, box: list[float], size: int, flip: bool = False) -> Tensor:
     """Crop first, then resize: the pixels outside the crop cost and count nothing.
 
-    Bicubic with antialiasing, in torch's 8-bit arithmetic: Pillow's to 2 grey levels (on noise one
-    value in ten thousand is 3 off), at a fifth of its time.
+    Bicubic with antialiasing, in torch's 8-bit arithmetic: Pillow's to 2 grey levels, in a quarter
+    of its time. Between the passes over width and height values are rounded and clipped, so the
+    order counts; it is Pillow's since version 13 (before, the width always came first).
 
     Args:
         pixels: uint8 ``(H, W, 3)``.
         box: top, left, height and width as fractions of the image.
         size: side of the result.
+        flip: left to right, in the end.
 
     Returns:
         uint8 ``(3, size, size)``.
@@ -61,11 +63,20 @@ def crop_resize(pixels: Pixels, box: list[float], size: int) -> Tensor:
     height, width = pixels.shape[:2]
     top, left = round(box[0] * height), round(box[1] * width)
     h, w = round(box[2] * height), round(box[3] * width)
-    crop = torch.from_numpy(pixels[top : top + h, left : left + w]).permute(2, 0, 1)
-    if (h, w) == (size, size):
-        return crop.contiguous()
-    resized = functional.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)
-    return resized[0].contiguous()
+    # A batch of one whose channels lie together, which torch resizes without rearranging them.
+    crop = torch.from_numpy(pixels[top : top + h, left : left + w])[None].permute(0, 3, 1, 2)
+    if height_first(h, w, size):
+        crop = functional.interpolate(crop, (size, w), mode="bicubic", antialias=True)
+    if crop.shape[2:] != (size, size):
+        crop = functional.interpolate(crop, (size, size), mode="bicubic", antialias=True)
+    view = crop[0].numpy()
+    # NumPy takes the channels apart in half of torch's time.
+    return torch.from_numpy(np.array(view[:, :, ::-1] if flip else view, order="C"))
+
+
+def height_first(height: int, width: int, size: int) -> bool:
+    """Whether Pillow resizes the height of an image before its width, to a square of ``size``."""
+    return height - size > 2 * max(width - size, 0)
 
 
 def resize_centre(image: Image.Image, resize: int, size: int) -> Tensor:

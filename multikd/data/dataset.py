@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -162,6 +162,7 @@ class SampleReader:
     def _tries(self, dataset: int, number: int) -> Iterator[tuple[int, bool]]:
         """A sample and what may stand in for it, in turn; whether each is of another shard."""
         source = self.sources[dataset]
+        yield number, False  # nearly always the only one: what follows is worked out after it
         length, shards = len(source), len(source.urls)
         near = [((number + n) % length, False) for n in range(1, min(NEIGHBOURS, length - 1) + 1)]
         shard, offset = source.locate(number)
@@ -169,7 +170,6 @@ class SampleReader:
         for n in range(1, min(NEIGHBOURS, shards - 1) + 1):
             other = (shard + n) % shards
             far.append((int(source.starts[other] + offset % source.lengths[other]), True))
-        yield number, False
         yield from (*near[:2], *far[:1], *near[2:], *far[1:])
 
     def label(self, dataset: int, number: int) -> int | None:
@@ -218,14 +218,18 @@ def decode_members(
     return Sample(pixels, label, key, decode_columns(members, columns), soft)
 
 
-def _wanted(source: ShardSource, shard: int) -> list[str]:
+def _wanted(source: ShardSource, shard: int) -> tuple[str, ...]:
     """Extensions of the image and of the label; large other members are not read."""
-    extensions = source.indexes[shard].extensions
-    return [
+    return _read_of(source.indexes[shard].extensions)
+
+
+@lru_cache(maxsize=64)
+def _read_of(extensions: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
         e
         for e in extensions
         if e.rpartition(".")[2] in IMAGE_EXTENSIONS or e in ("cls", "json", SOFT)
-    ]
+    )
 
 
 class ShardDataset(Dataset[Batch]):
@@ -320,7 +324,7 @@ class ShardDataset(Dataset[Batch]):
         number: Ints,
         numbers: Sequence[int],
     ) -> Batch:
-        views: list[list[Tensor]] = [[] for _ in numbers]
+        views: list[Tensor] = []
         shown = [self.schedule.shown(n, len(positions)) for n in numbers]
         every = [self.policies, *self.own.values()]
         size = max(len(policies[n].names) for policies in every for n in numbers)
@@ -355,9 +359,16 @@ class ShardDataset(Dataset[Batch]):
             visible = [view for view, most in enumerate(shown) if row < most]
             for view, (drawn, image) in zip(visible, seen, strict=True):
                 parameters[row, view, : len(drawn)] = drawn
-                views[view].append(image)
+                if row == 0:
+                    views.append(image.new_empty((shown[view], *image.shape)))
+                elif image.shape != views[view].shape[1:]:
+                    raise ValueError(
+                        f"views of one batch must be equally large: expected "
+                        f"{tuple(views[view].shape[1:])}, received {tuple(image.shape)}"
+                    )
+                views[view][row] = image  # while it is in the processor's cache
         return Batch(
-            views=[torch.stack(images) for images in views],
+            views=views,
             labels=torch.tensor(labels, dtype=torch.int64),
             keys=keys,
             dataset=torch.from_numpy(dataset),

@@ -51,7 +51,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_ORIENTATION = 0x0112
-_HEADERS = 1 << 16  # bytes among which a JPEG's EXIF block and list of pictures begin
+_START_OF_SCAN = 0xDA  # the JPEG marker behind which the pixels begin
 
 
 class SampleFault(ValueError):
@@ -148,10 +148,11 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
     if library is None:
         return None
     # Images that lie on their side or hold several pictures are Pillow's, and so is CMYK.
-    if data.find(b"MPF\x00", 0, _HEADERS) >= 0:
+    header = _jpeg_header(data)
+    if header is None or b"MPF\x00" in header:
         return None
     try:
-        if data.find(b"Exif\x00", 0, _HEADERS) >= 0:
+        if b"Exif\x00" in header:
             with _quiet, Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
                 if _orientation(image) != 1:
                     return None
@@ -166,6 +167,19 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
         raise
     except Exception:  # Pillow says what it is
         return None
+
+
+def _jpeg_header(data: bytes) -> bytes | None:
+    """Everything before a JPEG's pixels; None where it is not one marked segment after another."""
+    place, last = 2, len(data) - 4
+    while place <= last and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == _START_OF_SCAN:
+            return data[:place]
+        if marker == 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # padding, or no length
+            return None
+        place += 2 + (data[place + 2] << 8 | data[place + 3])
+    return None
 
 
 @functools.cache

@@ -220,9 +220,7 @@ class UnicViews(ViewPolicy):
         """Crop, flip, jitter, grey, blur, solarize, in this order."""
         values: list[float] = parameters.tolist()
         flip, jitter, brightness, contrast, saturation, hue, order, grey, sigma, solar = values[4:]
-        view = crops.crop_resize(crops.as_pixels(image), values[:4], self.size)
-        if flip:
-            view = view.flip(-1)
+        view = crops.crop_resize(crops.as_pixels(image), values[:4], self.size, flip=bool(flip))
         if jitter:
             view = colour.jitter(
                 view, brightness, contrast, saturation, hue, int(order), grey=bool(grey)
@@ -282,10 +280,10 @@ class LightViews(ViewPolicy):
     def apply(self, image: Image.Image | Pixels, parameters: Parameters) -> Tensor:
         """Crop (or resize and centre crop), then flip."""
         values: list[float] = parameters.tolist()
-        if self.scale is None:
-            view = crops.resize_centre(crops.as_image(image), self.size, self.size)
-        else:
-            view = crops.crop_resize(crops.as_pixels(image), values[:4], self.size)
+        if self.scale is not None:
+            pixels, flip = crops.as_pixels(image), bool(values[4])
+            return crops.crop_resize(pixels, values[:4], self.size, flip)
+        view = crops.resize_centre(crops.as_image(image), self.size, self.size)
         return view.flip(-1) if values[4] else view
 
 
@@ -350,9 +348,8 @@ class ShiftedViews(ViewPolicy):
         """Crop with a margin of ``most`` patches, flip, and cut out the shifted view."""
         values: list[float] = parameters.tolist()
         margin = self.most * self.patch
-        view = crops.crop_resize(crops.as_pixels(image), values[2:6], self.size + 2 * margin)
-        if values[6]:
-            view = view.flip(-1)
+        pixels, side = crops.as_pixels(image), self.size + 2 * margin
+        view = crops.crop_resize(pixels, values[2:6], side, flip=bool(values[6]))
         top, left = (margin + round(shift * self.size) for shift in values[:2])
         return view[:, top : top + self.size, left : left + self.size].contiguous()
 

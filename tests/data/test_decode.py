@@ -272,8 +272,12 @@ def test_pixels_are_those_of_pillow_whatever_the_file(monkeypatch: pytest.Monkey
         encoded(photo.convert("L"), "JPEG"),
         encoded(photo.convert("CMYK"), "JPEG"),
         encoded(photo, "JPEG", exif=turned),
+        encoded(photo, "JPEG", exif=turned, icc_profile=bytes(200_000)),
+        encoded(photo, "JPEG", progressive=True, icc_profile=bytes(200_000)),
         encoded(photo, "PNG"),
     ]
+    padded = files[3]  # with bytes of padding before a marker, and the turn behind it
+    files += [padded[:2] + b"\xff\xff" + padded[2:]]
     for library in (True, False):
         if not library:
             monkeypatch.setattr("multikd.data.decode._simplejpeg", lambda: None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
@@ -8,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
-from multikd.data import colour
+from multikd.data import colour, crops
 from multikd.data.views import DrawKey, EvalViews, LightViews, UnicViews, recorded_number
 
 
@@ -81,27 +82,74 @@ def test_crop_boxes_are_distributed_as_torchvisions(size: tuple[int, int]) -> No
     assert (np.abs(ours.std(axis=0) - theirs.std(axis=0)) < 0.08 * spread + 0.05).all()
 
 
-def test_crop_and_flip_equal_torchvision() -> None:
-    image, policy = photo(), LightViews(48, scale=(0.1, 1.0))
+def stark(width: int = 120, height: int = 90) -> Image.Image:
+    """Black and white noise: every other value is clipped between the passes of a resize."""
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255)
+
+
+def resized(crop: Image.Image, size: int) -> torch.Tensor:
+    """Pillow's bicubic, a call for each pass: the order is ours, whatever Pillow's version."""
+    between = (size, crop.height)
+    if crops.height_first(crop.height, crop.width, size):
+        between = (crop.width, size)
+    for sides in (between, (size, size)):
+        crop = crop.resize(sides, Image.Resampling.BICUBIC)
+    return tvf.pil_to_tensor(crop)
+
+
+def crop_of(image: Image.Image, drawn: np.ndarray) -> list[int]:
+    """Top, left, height and width in pixels."""
+    return [int(v) for v in (drawn[:4] * np.array([image.height, image.width] * 2)).round()]
+
+
+@pytest.mark.parametrize(
+    "image", [photo(), stark(), stark(90, 120)], ids=["photo", "stark", "stark and tall"]
+)
+def test_crop_and_flip_equal_pillows(image: Image.Image) -> None:
+    policy, orders = LightViews(48, scale=(0.1, 1.0)), set()
+    for position in range(60):
+        drawn = policy.draw(DrawKey.live(0, 0, position, 0), image.size)
+        top, left, height, width = crop_of(image, drawn)
+        orders.add(crops.height_first(height, width, 48))
+        reference = resized(image.crop((left, top, left + width, top + height)), 48)
+        if drawn[4]:
+            reference = v2.horizontal_flip(reference)
+        assert levels(policy.apply(image, drawn), reference) <= 2
+    assert orders == {True, False}
+
+
+def test_crops_are_near_exact_arithmetic() -> None:
+    """8-bit rounding (and clipping) between the two passes remains."""
+    image, policy = photo(), LightViews(48, scale=(0.1, 1.0), flip=0.0)
+    pixels, bicubic = tvf.pil_to_tensor(image).double(), v2.InterpolationMode.BICUBIC
     for position in range(30):
         drawn = policy.draw(DrawKey.live(0, 0, position, 0), image.size)
-        top, left, height, width = (drawn[:4] * np.array([90, 120, 90, 120])).round().astype(int)
-        box = [int(value) for value in (top, left, height, width)]
-        bicubic = v2.InterpolationMode.BICUBIC
-        reference = tvf.pil_to_tensor(tvf.resized_crop(image, *box, [48, 48], bicubic))
-        exact = v2.resized_crop(
-            tvf.pil_to_tensor(image).double(), *box, [48, 48], bicubic, antialias=True
-        )
-        if drawn[4]:
-            reference, exact = v2.horizontal_flip(reference), v2.horizontal_flip(exact)
-        view = policy.apply(image, drawn)
-        # Two 8-bit implementations; on noise, one value in ten thousand is 3 levels off.
-        assert levels(view, reference) <= 3
-        assert ((view.int() - reference.int()).abs() > 2).double().mean() < 2e-4
-        # Against exact arithmetic: 8-bit rounding (and clipping) between PIL's two passes remains.
-        off = (view.double() - exact.clamp(0, 255)).abs()
+        box = crop_of(image, drawn)
+        exact = v2.resized_crop(pixels, *box, [48, 48], bicubic, antialias=True)
+        off = (policy.apply(image, drawn).double() - exact.clamp(0, 255)).abs()
         assert off.mean() < 0.5
         assert (off > 2).double().mean() < 1e-3
+
+
+@pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow resized the width first before 13"
+)
+def test_the_order_of_the_passes_is_pillows() -> None:
+    """Boxes around the border between the two orders; the wrong one is 20 levels off."""
+    image, size = stark(150, 200), 48
+    pixels, wrong = np.array(image), 0
+    for width in (20, 47, 48, 49, 60, 96, 110, 150):
+        border = size + 2 * max(width - size, 0)
+        for height in {min(border + step, 200) for step in (-20, 0, 1, 2, 30)}:
+            part = image.crop((0, 0, width, height))
+            theirs = tvf.pil_to_tensor(part.resize((size, size), Image.Resampling.BICUBIC))
+            view = crops.crop_resize(pixels, [0.0, 0.0, height / 200, width / 150], size)
+            assert levels(view, theirs) <= 2, (height, width)
+            other = part.resize((size, height), Image.Resampling.BICUBIC)
+            other = other.resize((size, size), Image.Resampling.BICUBIC)
+            wrong = max(wrong, levels(view, tvf.pil_to_tensor(other)))
+    assert wrong > 10
 
 
 def whole(policy: UnicViews, **values: float) -> np.ndarray:
@@ -132,6 +180,18 @@ def test_single_operations_equal_torchvision() -> None:
         assert (view.double() - pixels.double()).abs().mean() > 4, name
 
 
+@pytest.mark.parametrize("size", [16, 41, 48, 100])
+@pytest.mark.parametrize("kernel", [3, 9, 23])
+def test_blur_of_any_size_equals_torchvisions(size: int, kernel: int) -> None:
+    pixels = tvf.pil_to_tensor(photo(size, size))
+    for sigma in (0.1, 0.7, 2.0, 5.0):
+        ours = colour.blur(pixels, sigma, kernel)
+        assert ours.is_contiguous()
+        assert levels(ours, v2.gaussian_blur(pixels, [kernel] * 2, [sigma] * 2)) <= 1
+    white = torch.full((3, size, size), 255, dtype=torch.uint8)
+    assert torch.equal(colour.blur(white, 2.0, kernel), white)
+
+
 def test_hue_turns_the_way_of_torchvision_and_as_far() -> None:
     """A turn about the grey axis is no shift in HSV, but like it."""
     image, policy = photo(64, 64), UnicViews(64)
@@ -149,7 +209,8 @@ def test_hue_turns_the_way_of_torchvision_and_as_far() -> None:
 def test_jitter_is_the_four_operations_in_the_order_of_the_parameters() -> None:
     """Against torchvision's operations one after another in float64, never clipped."""
     rng = np.random.default_rng(1)
-    view = torch.from_numpy(rng.integers(90, 160, (3, 24, 24), dtype=np.uint8))
+    # More pixels than are multiplied at once.
+    view = torch.from_numpy(rng.integers(90, 160, (3, 150, 141), dtype=np.uint8))
     brightness, contrast, saturation = 1.1, 0.8, 1.15
     results = set()
     for row, order in enumerate(colour.JITTER_ORDERS):
@@ -169,6 +230,35 @@ def test_jitter_is_the_four_operations_in_the_order_of_the_parameters() -> None:
         grey_too = colour.jitter(view, brightness, contrast, saturation, 0.1, row, grey=True)
         assert levels(grey_too, colour.grey(turned)) <= 1
     assert len(results) > 3
+
+
+def test_the_jitter_s_matrix_is_the_product_of_its_steps() -> None:
+    """Each step a 4×4 matrix in float64, the turn as the exponential of a rotation about grey."""
+    luma, mean = torch.tensor([0.299, 0.587, 0.114]).double(), torch.tensor([90.0, 120.0, 40.0])
+    brightness, contrast, saturation, hue = 1.3, 0.7, 1.15, 0.08
+    across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).double() / 3**0.5
+    grey = torch.eye(4).double()
+    grey[:3, :3] = luma.expand(3, 3)
+    for row, order in enumerate(colour.JITTER_ORDERS):
+        product = torch.eye(4).double()
+        for number in order:
+            step = torch.eye(4).double()
+            if number == 0:
+                step[:3, :3] *= brightness
+            elif number == 1:
+                step[:3, :3] *= contrast
+                now = (product @ torch.cat([mean.double(), torch.ones(1).double()]))[:3]
+                step[:3, 3] = (1 - contrast) * (luma @ now)
+            elif number == 2:
+                step = saturation * step + (1 - saturation) * grey
+            else:
+                step[:3, :3] = torch.linalg.matrix_exp(2 * np.pi * hue * across)
+            product = step @ product
+        for also_grey, expected in ((False, product), (True, grey @ product)):
+            matrix = colour.jitter_matrix(
+                brightness, contrast, saturation, hue, row, mean.tolist(), also_grey
+            )
+            torch.testing.assert_close(torch.tensor(matrix).double(), expected[:3])
 
 
 def test_colours_have_the_distribution_of_torchvisions_colour_jitter() -> None:

@@ -8,7 +8,8 @@ full UNIC augmentation to 224 px. *Reference*: Pillow, then torchvision's Random
 *Ours* is the data set itself out of tar shards: reading, decoding, views, and the stacked batch of
 uint8. What is left, division and normalisation, is the device's part; it is timed on this core,
 too, and added for a second ratio. Beside them the floor: decoding alone, by Pillow and by what ours
-uses; and ours by part. The pipelines take turns batch by batch.
+uses; and ours by part. The pipelines take turns batch by batch. Their outputs are compared: crops
+of the same boxes in grey levels, colours by mean and deviation of each channel over eight epochs.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms as tvt
+import torchvision.transforms.functional as tvf
 from measuring import arguments, finish, in_turns, ratio, shown, summary
 from PIL import Image
 from torch import Tensor
 
 from multikd.backbones import Normalize
+from multikd.data import crops
+from multikd.data.crops import Pixels
 from multikd.data.dataset import SampleReader, ShardDataset
 from multikd.data.decode import decode_pixels
 from multikd.data.order import EpochOrder
 from multikd.data.sources import ShardSource
-from multikd.data.views import DrawKey, UnicViews
+from multikd.data.views import DrawKey, Parameters, UnicViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -92,6 +96,29 @@ def dataset(files: list[bytes], folder: Path) -> ShardDataset:
     return ShardDataset(SampleReader([source]), order, [UnicViews(224)])
 
 
+def crops_apart(decoded: list[Pixels], drawn: list[Parameters]) -> dict[str, float]:
+    """How far our crops are from Pillow's of the same boxes, in grey levels."""
+    apart = []
+    for pixels, parameters in zip(decoded, drawn, strict=True):
+        box = parameters[:4].tolist()
+        height, width = pixels.shape[:2]
+        top, left, h, w = (
+            round(part * side) for part, side in zip(box, (height, width) * 2, strict=True)
+        )
+        bicubic = tvt.InterpolationMode.BICUBIC
+        theirs = tvf.resized_crop(Image.fromarray(pixels), top, left, h, w, [224, 224], bicubic)
+        ours = crops.crop_resize(pixels, box, 224)
+        apart.append((ours.int() - tvf.pil_to_tensor(theirs).int()).abs())
+    every = torch.stack(apart)
+    return {"largest": int(every.max()), "share_not_equal": float((every > 0).double().mean())}
+
+
+def colours(batches: list[Tensor]) -> dict[str, list[float]]:
+    """Mean and deviation of each channel of batches in 0 … 255."""
+    values = torch.cat(batches).double().transpose(0, 1).flatten(1)
+    return {"mean": values.mean(1).tolist(), "deviation": values.std(1).tolist()}
+
+
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures."""
     files = photographs(options.images)
@@ -110,6 +137,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return data.__getitems__([(epoch, p) for p in range(len(files))]).views[0]
 
     stacked = ours()
+    batches = [ours() for _ in range(8)]
+    theirs = [torch.stack([load(file) for file in files]) for _ in batches]
+    scale, shift = torch.tensor([STD, MEAN]).view(2, 3, 1, 1) * 255
+    compared = {
+        "crops_apart": crops_apart(decoded, drawn),
+        "colours": {
+            "ours": colours(batches),
+            "reference": colours([batch * scale + shift for batch in theirs]),
+        },
+    }
+    del batches, theirs
 
     runs: dict[str, Callable[[], object]] = {
         "reference": lambda: torch.stack([load(file) for file in files]),
@@ -118,11 +156,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "decoding, ours": lambda: [decode_pixels(file) for file in files],
         "normalisation (the device's part)": lambda: normalize(stacked.float().div_(255.0)),
         "views": lambda: [policy.see(d, p) for d, p in zip(decoded, drawn, strict=True)],
+        "of these, crops": lambda: [
+            crops.crop_resize(d, p[:4].tolist(), 224) for d, p in zip(decoded, drawn, strict=True)
+        ],
     }
     times = in_turns(runs, options.repeats)
     return {
         "images": len(files),
         "bytes": sum(map(len, files)) / len(files),
+        **compared,
         "images_per_second": {
             name: summary([len(files) / t for t in values]) for name, values in times.items()
         },
@@ -152,6 +194,12 @@ def main() -> None:
     rows.append(("ours to reference", shown(figures["ratio"], "×")))
     both = shown(figures["ratio_with_normalisation"], "×")
     rows.append(("with the device's part on this core", both))
+    apart, seen = figures["crops_apart"], figures["colours"]
+    rows.append(("crops, largest difference from Pillow's", f"{apart['largest']} levels"))
+    for name in ("mean", "deviation"):
+        pairs = zip(seen["ours"][name], seen["reference"][name], strict=True)
+        shown_pairs = ", ".join(f"{a:.1f} / {b:.1f}" for a, b in pairs)
+        rows.append((f"channels, {name}: ours / reference", shown_pairs))
     finish(figures, "loader, 500×375 JPEGs to 224 px", rows, options.json)
 
 
