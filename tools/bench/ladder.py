@@ -259,7 +259,8 @@ def measure(options: argparse.Namespace, name: str, dtype: torch.dtype) -> dict[
     rate = product_rate(dtype)
     figures: dict[str, Any] = {"product_rate": rate, "kept_share": float(keep.mean()), "cases": {}}
     for what, runs in cases.items():
-        times = in_turns(runs, options.repeats)
+        # Four turns until the heap is as large as both need: pages are mapped while it grows.
+        times = in_turns(runs, options.repeats, warm_up=4)
         row: dict[str, Any] = {variant: summary(values) for variant, values in times.items()}
         row["floor"] = 3 * case.sizes.products / rate
         row["ratio"] = ratio(times["naive"], times["fused"])

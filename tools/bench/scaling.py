@@ -6,8 +6,8 @@ Small ViTs at 96 px (36 patches, so that a setting takes a fraction of a second)
 CPU. (1) T = 1, 2, 4, 8 teachers: the straight line through the medians, its largest residual, and
 what a teacher costs beyond its bare forward pass and its share of the ladder, both timed alone.
 (2) The cost model of `multikd plan` is fitted to settings of T and batch, and predicts others that
-were left out. (3) Images a second and core of two processes (DDP over gloo, one thread each)
-against one process.
+were left out. (3) Images a second and core of two processes (torch's DDP over gloo, one thread
+each) against a third that has the machine for itself; they take turns, step by step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -23,14 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from measuring import arguments, finish, in_turns, product_rate, summary
+from measuring import arguments, finish, in_turns, product_rate, ratio, shown, summary
 from step import Ours, batch_of
+from torch import Tensor, nn
 from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from multikd.backbones import skeleton
 from multikd.losses import HardestKept
 from multikd.modules import DistillationModule
 from multikd.normalizers import EMAStandardizers
+from multikd.performance import keep_freed_memory
 from multikd.plan.counts import count_step
 from multikd.plan.model import fit_coefficients, terms
 from multikd.projectors import MLPProjectors
@@ -147,54 +151,75 @@ def _bandwidth() -> float:
     return 3 * 4 * (1 << 24) / min(times)
 
 
-def _rank(rank: int, world: int, port: int, repeats: int, batch: int, results: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+class _Loss(nn.Module):
+    """A step's loss as the forward pass of a module, which is what DDP wraps."""
+
+    def __init__(self, module: DistillationModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch, number: int) -> Tensor:
+        """The total."""
+        return self.module.step(batch, 0, number, training=True)[0]
+
+
+def _process(rank: int, port: int, turns: int, batch: int, gate: Any, results: Any) -> None:
+    """Rank 0 or 1 of two, or (-1) the process that has its core for itself."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    if rank >= 0:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo", rank=rank, world_size=2)
     module = small(2)
-    step = Ours(module, torch.float32)
-    runs = {"step": lambda: _data_parallel(module, step, batch_of(batch, SIZE), world)}
-    times = in_turns(runs, repeats)["step"]
-    dist.barrier()
-    if rank == 0:
-        results.put(times)
-    dist.destroy_process_group()
-
-
-def _data_parallel(module: DistillationModule, step: Ours, batch: Batch, world: int) -> None:
-    """A step whose gradients are averaged in one piece, as DDP does in buckets."""
-    step.optimizer.zero_grad()
-    total, _ = module.step(batch, 0, step.number, training=True)
-    total.backward()  # type: ignore[no-untyped-call]
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    if world > 1:
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        parts = torch.split(flat / world, [g.numel() for g in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-    step.optimizer.step()
-    step.number += 1
+    optimizer = Ours(module, torch.float32).optimizer
+    loss: nn.Module = _Loss(module)
+    if rank >= 0:
+        loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    images = batch_of(batch, SIZE)
+    for number in range(turns):
+        for whose in ((-1,), (0, 1)) if number % 2 else ((0, 1), (-1,)):
+            gate.wait()
+            if rank not in whose:
+                continue
+            begun = time.perf_counter()
+            optimizer.zero_grad()
+            loss(images, number).backward()
+            optimizer.step()
+            if rank < 1:
+                results.put((rank, number, time.perf_counter() - begun))
+    gate.wait()
+    if rank >= 0:
+        dist.destroy_process_group()
 
 
 def ranks(options: argparse.Namespace) -> dict[str, Any]:
-    """Images a second of two processes over twice those of one, one thread each."""
+    """Images a second of two processes (DDP) over twice those of one, one thread each, in turns."""
     context = mp.get_context("spawn")
-    rates = {}
-    for world in (1, 2):
-        results = context.SimpleQueue()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        given = (world, port, options.repeats, options.batch, results)
-        processes = [context.Process(target=_rank, args=(r, *given)) for r in range(world)]
-        for process in processes:
-            process.start()
-        times = results.get()
-        for process in processes:
-            process.join()
-        rates[world] = world * options.batch / median(times)
-    return {"images_per_second": rates, "efficiency": rates[2] / (2 * rates[1])}
+    results, gate = context.Queue(), context.Barrier(3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    turns = options.repeats + 2
+    given = (port, turns, options.batch, gate, results)
+    processes = [context.Process(target=_process, args=(r, *given)) for r in (-1, 0, 1)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=600) for _ in range(2 * turns)]
+    for process in processes:
+        process.join()
+    alone, together = (
+        [seconds for _, number, seconds in sorted(found) if _ == rank and number >= 2]
+        for rank in (-1, 0)
+    )
+    return {
+        "seconds": {"one": summary(alone), "two": summary(together)},
+        "images_per_second": {
+            "one": options.batch / median(alone),
+            "two": 2 * options.batch / median(together),
+        },
+        "efficiency": ratio(alone, together),
+    }
 
 
 def main() -> None:
@@ -219,7 +244,7 @@ def main() -> None:
         rows += [(f"held out: {k}", f"{100 * e:+.1f} %") for k, e in model["held_out"].items()]
     if "ranks" in options.parts:
         figures["ranks"] = ranks(options)
-        rows.append(("two ranks, per core", f"{figures['ranks']['efficiency']:.3f}"))
+        rows.append(("two ranks, per core", shown(figures["ranks"]["efficiency"], "×")))
     finish(figures, "scaling", rows, options.json)
 
 
