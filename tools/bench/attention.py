@@ -27,7 +27,8 @@ SHAPES = ((32, 37), (8, 197), (2, 785))  # images and tokens
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As timm computes it where ``fused_attn`` is False."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return weights.softmax(-1) @ v
+    found: Tensor = weights.softmax(-1) @ v
+    return found
 
 
 def run(attend: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, backward: bool) -> None:
@@ -37,7 +38,7 @@ def run(attend: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, backward:
         q, k, v = x.reshape(images, tokens, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
         y = attend(q, k, v).transpose(1, 2).reshape(images, tokens, HEADS * WIDTH)
         if backward:
-            y.backward(torch.ones_like(y))
+            y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
             x.grad = None
 
 
