@@ -1,6 +1,6 @@
 """A study with the shared feature cache against the same runs with live teachers.
 
-    python tools/bench/ablate.py --vit vit_s_focus.safetensors            (the whole study, 1.8 hours on one core)
+    python tools/bench/ablate.py --vit vit_s_focus.safetensors            (1.8 hours on one core)
     python tools/bench/ablate.py --vit vit_s_focus.safetensors --seeds 1 --epochs 2 --shards 1 --few
     python tools/bench/ablate.py --size 128 --seeds 1 --epochs 1 --shards 1
 
