@@ -202,7 +202,7 @@ def _backward_of(
         units = of(units)
         pieces = [units]
     active = units.new_empty((len(g), units.shape[1]))
-    parts = active.chunk(len(pieces))
+    parts = active.chunk(len(pieces))  # contiguous: oneDNN's GELU writes past other strides wrongly
     for part, before in zip(parts, pieces, strict=True):
         torch.ops.aten.gelu.out(before, out=part)
     to_w2 = g.t() @ active
