@@ -42,7 +42,8 @@ def tune_process(allocator: str, float32_products: str | None) -> None:
             same precision, on others bfloat16, so the error is measured and logged.
     """
     if allocator == "keep" and keep_freed_memory():
-        log.info("glibc keeps freed memory for reuse (--allocator=default turns this off)")
+        # Not at INFO, which is shown: a run that ends in one sentence shows that sentence alone.
+        log.debug("glibc keeps freed memory for reuse (--allocator=default turns this off)")
     if float32_products is not None:
         torch.set_float32_matmul_precision(float32_products)
         log.info(
