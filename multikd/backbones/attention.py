@@ -19,17 +19,16 @@ from multikd.functional import autocast_dtype
 _MOST_TOKENS = {True: 512, False: 1024}  # by whether gradients are recorded
 
 
-def choose_attention(model: nn.Module) -> int:
-    """Let timm's attention modules decide at each call whether to run fused; how many there are.
+def choose_attention(model: nn.Module) -> None:
+    """Let timm's attention modules decide at each call whether to run fused.
 
     They do so by device, dtype and length of what they are given, in hooks: nothing of the model's
     state, and nothing on an accelerator or under ``torch.compile``, changes.
     """
-    modules = [m for m in model.modules() if getattr(m, "fused_attn", False) is True]
-    for module in modules:
-        module.register_forward_pre_hook(_before)
-        module.register_forward_hook(_after, always_call=True)
-    return len(modules)
+    for module in model.modules():
+        if getattr(module, "fused_attn", False) is True:
+            module.register_forward_pre_hook(_before)
+            module.register_forward_hook(_after, always_call=True)
 
 
 def plain_is_faster(tokens: Tensor) -> bool:

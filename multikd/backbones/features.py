@@ -69,7 +69,7 @@ def rung_features(
         images, indices=list(plan.indices), **options
     )
     features = _read_final(model, final, _size(images))
-    rungs = [_read_rung(model, output, plan, _size(images)) for output in outputs]
+    rungs = [_read_rung(output, plan, features.grid) for output in outputs]
     if plan.last_is_final and plan.indices[-1] == plan.count - 1:
         rungs[-1] = TokenFeatures(features.summary, features.patches, features.grid)
     return tuple(rungs), features
@@ -164,12 +164,10 @@ def _flat(feature_map: Tensor) -> tuple[Tensor, Grid]:
     return feature_map.flatten(2).transpose(1, 2), grid
 
 
-def _read_rung(model: nn.Module, output: Any, plan: RungPlan, image_size: Grid) -> TokenFeatures:
+def _read_rung(output: Any, plan: RungPlan, grid: Grid | None) -> TokenFeatures:
+    """A rung; tokens lie on ``grid``, that of the final ones, and a map has its own."""
     found, prefix = output if isinstance(output, tuple) else (output, None)
-    if found.ndim == 4:
-        patches, grid = _flat(found)
-    else:
-        patches, grid = found, _token_grid(model, found.shape[1], image_size)
+    patches, grid = (found, grid) if found.ndim == 3 else _flat(found)
     # Registers are prefix tokens too; the class token is the first.
     use_class = plan.class_summary and prefix is not None
     return TokenFeatures(prefix[:, 0] if use_class else patches.mean(dim=1), patches, grid)

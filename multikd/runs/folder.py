@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from multikd.files import file_lock, write_text_atomically
+from multikd.runs.overrides import with_strings
 from multikd.untrusted import read_json
 
 CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
@@ -170,10 +171,5 @@ def difference(had: Any, here: Any, key: str = "") -> tuple[str, Any, Any]:
 
 def respelled(value: Any, before: str, now: str) -> Any:
     """A config with another path in place of one, wherever strings hold it as a whole."""
-    if isinstance(value, dict):
-        return {key: respelled(item, before, now) for key, item in value.items()}
-    if isinstance(value, list):
-        return [respelled(item, before, now) for item in value]
-    if not isinstance(value, str) or before not in value:
-        return value
-    return re.sub(rf"(?<![\w./-]){re.escape(before)}(?=/|$)", lambda _: now, value)
+    place = re.compile(rf"(?<![\w./-]){re.escape(before)}(?=/|$)")
+    return with_strings(value, lambda text: place.sub(lambda _: now, text))

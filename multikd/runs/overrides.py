@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -50,6 +51,15 @@ def get(config: dict[str, Any], key: str) -> Any:
         else:
             return None
     return node
+
+
+def with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain values with every string in them, but for keys, changed."""
+    if isinstance(value, dict):
+        return {key: with_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_strings(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _inside(node: Any, part: str, make: bool = True) -> Any:

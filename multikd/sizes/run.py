@@ -21,7 +21,7 @@ from multikd.evaluation.cost import measure_cost
 from multikd.fit import build_cli, without_known_noise
 from multikd.imports import allowed_by_user
 from multikd.runs.folder import CHECKPOINTS, LAST, RunsFolder
-from multikd.runs.overrides import put
+from multikd.runs.overrides import put, with_strings
 from multikd.runs.process import fit_in_process
 from multikd.runs.scoring import score
 from multikd.runs.trainer import own_folder
@@ -52,21 +52,12 @@ def size_config(search: Search, run: SizeRun, out: Path) -> dict[str, Any]:
     """
     config = copy.deepcopy(load_config(search.base))
     for key, value in {**search.settings, **search.sizes[run.size]}.items():
-        put(config, key, copy.deepcopy(_placed(value, str(out))))
+        put(config, key, with_strings(value, lambda text: text.replace("{out}", str(out))))
     config["seed_everything"] = run.seed
     put(config, "data.seed", run.seed)
     put(config, "data.recorded_seed", 0)  # one cache for runs of all seeds
     own_folder(config, RunsFolder(out).folder(run))
     return config
-
-
-def _placed(value: Any, out: str) -> Any:
-    """A value with the folder of the search for ``{out}``, wherever it stands."""
-    if isinstance(value, dict):
-        return {key: _placed(item, out) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_placed(item, out) for item in value]
-    return value.replace("{out}", out) if isinstance(value, str) else value
 
 
 def build_student(search: Search, run: SizeRun, out: Path) -> StudentEncoder:

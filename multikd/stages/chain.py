@@ -30,6 +30,7 @@ from jsonargparse import ArgumentParser
 from multikd.config_errors import condense
 from multikd.config_files import inline_fragments, read_yaml
 from multikd.errors import unknown_name
+from multikd.runs.overrides import with_strings
 from multikd.shipped import find_chain
 
 PLACEHOLDER = re.compile(r"\{stage:([^{}:]*)(?::([^{}]*))?\}")
@@ -215,14 +216,11 @@ def filled(value: Any, places: dict[tuple[str, str], str], out: str) -> Any:
         places: (stage, kind) → path.
         out: folder of the chain.
     """
-    if isinstance(value, dict):
-        return {key: filled(item, places, out) for key, item in value.items()}
-    if isinstance(value, list):
-        return [filled(item, places, out) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = PLACEHOLDER.sub(lambda m: places[m[1], m[2] or KINDS[0]], value)
-    return value.replace(OUT, out)
+
+    def of(text: str) -> str:
+        return PLACEHOLDER.sub(lambda m: places[m[1], m[2] or KINDS[0]], text).replace(OUT, out)
+
+    return with_strings(value, of)
 
 
 def _walk(value: Any, found: list[tuple[str, str]]) -> None:

@@ -209,7 +209,7 @@ def ranks(options: argparse.Namespace) -> dict[str, Any]:
     for process in processes:
         process.join()
     alone, together = (
-        [seconds for _, number, seconds in sorted(found) if _ == rank and number >= 2]
+        [seconds for who, number, seconds in sorted(found) if who == rank and number >= 2]
         for rank in (-1, 0)
     )
     return {
