@@ -17,8 +17,6 @@ from torch import Tensor
 
 from multikd.functional import autocast_dtype, without_autocast
 
-_LARGE = 1 << 16  # numbers of one image from which on a call for each image is cheaper than a copy
-
 
 class MLP(NamedTuple):
     """Weights of one MLP: ``w1 (H, D)``, ``b1 (H,)``, ``w2 (D_t, H)``, ``b2 (D_t,)``."""
@@ -149,7 +147,7 @@ class _MLPSums(torch.autograd.Function):
 
 
 def _added(
-    total: Tensor | None, change: Tensor, chosen: list[int] | None, shape: torch.Size, images: int
+    total: Tensor | None, change: Tensor, chosen: Tensor | None, shape: torch.Size, images: int
 ) -> Tensor:
     """An input's gradient with that of one more output, of its chosen images.
 
@@ -164,12 +162,7 @@ def _added(
     if chosen is None:
         return total.add_(change)
     by_image = total.view(images, -1)
-    change = change.view(len(chosen), by_image.shape[1])
-    if by_image.shape[1] < _LARGE:
-        by_image.index_add_(0, _indices(chosen, total), change.to(wide))
-    else:  # cast on the way
-        for image, row in zip(chosen, change, strict=True):
-            by_image[image] += row
+    by_image.index_add_(0, chosen, change.view(len(chosen), by_image.shape[1]).to(wide))
     return total
 
 
@@ -178,7 +171,7 @@ def _backward_of(
     held: list[Tensor],
     rows: Sequence[Tensor],
     mlps: Sequence[MLP],
-    chosen: list[int] | None,
+    chosen: Tensor | None,
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
@@ -189,29 +182,20 @@ def _backward_of(
     """
     images = gradient.shape[0]
     width = gradient.shape[-1]
-    index = None if chosen is None else _indices(chosen, gradient)
 
     def of(tensor: Tensor) -> Tensor:
-        if index is None:
+        if chosen is None:
             return tensor
-        return tensor.view(images, -1).index_select(0, index).view(-1, tensor.shape[-1])
+        return tensor.view(images, -1).index_select(0, chosen).view(-1, tensor.shape[-1])
 
-    g, units = of(gradient.reshape(-1, width)).to(dtype), held.pop()
-    pieces = _pieces(units, images, chosen)
-    if pieces is None:
-        units = of(units)
-        pieces = [units]
-    active = units.new_empty((len(g), units.shape[1]))
-    parts = active.chunk(len(pieces))  # contiguous: oneDNN's GELU writes past other strides wrongly
-    for part, before in zip(parts, pieces, strict=True):
-        torch.ops.aten.gelu.out(before, out=part)
+    g, units = of(gradient.reshape(-1, width)).to(dtype), of(held.pop())
+    active = F.gelu(units)
     to_w2 = g.t() @ active
     to_b2 = g.sum(0)  # accumulated in float32, whatever the dtype
     joined = _side_by_side([mlp.w2 for mlp in mlps], dtype)
     toward_hidden = torch.mm(g, joined, out=active)  # the activations' memory once more
-    for part, before in zip(parts, pieces, strict=True):  # the gradient lies in the parts now
-        torch.ops.aten.gelu_backward.grad_input(part, before, grad_input=part)
-    del units, before, pieces, parts
+    torch.ops.aten.gelu_backward.grad_input(toward_hidden, units, grad_input=toward_hidden)
+    del units
     to_b1 = toward_hidden.sum(0)
     for (start, end), x, mlp, wants in zip(pairwise(_ends(mlps)), rows, mlps, wanted, strict=True):
         part = toward_hidden[:, start:end]
@@ -222,20 +206,6 @@ def _backward_of(
             to_b2.to(mlp.b2.dtype, copy=True),
         ]
         yield to_mlp, part @ mlp.w1.to(dtype) if wants else None
-
-
-def _indices(chosen: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(chosen, dtype=torch.int64, device=like.device)
-
-
-def _pieces(units: Tensor, images: int, chosen: list[int] | None) -> list[Tensor] | None:
-    """Whole blocks of memory that the chosen images' units lie in; None where a copy is cheaper."""
-    if chosen is None:
-        return [units]
-    if not chosen or units.numel() // images < _LARGE:
-        return None
-    by_image = units.view(images, -1, units.shape[1])
-    return [by_image[i] for i in chosen]
 
 
 def _hidden(rows: Sequence[Tensor], mlps: Sequence[MLP], dtype: torch.dtype) -> Tensor:
@@ -256,13 +226,14 @@ def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return joined
 
 
-def _used(gradient: Tensor) -> list[int] | None:
-    """The images whose gradient is not zero throughout; None for all."""
+def _used(gradient: Tensor) -> Tensor | None:
+    """Indices of the images whose gradient is not zero throughout; None for all."""
     images = gradient.flatten(1)
-    # Nearly always the first token tells.
-    first = images[:, : gradient.shape[-1]].any(1).tolist()
-    used = [i for i, known in enumerate(first) if known or torch.count_nonzero(images[i])]
-    return None if len(used) == len(first) else used
+    used = images[:, : gradient.shape[-1]].any(1)  # nearly always the first token tells
+    for image in (~used).nonzero().squeeze(1).tolist():
+        used[image] = bool(torch.count_nonzero(images[image]))
+    chosen = used.nonzero().squeeze(1)
+    return None if len(chosen) == len(used) else chosen
 
 
 def _grouped(flat: Sequence[Tensor], count: int) -> list[list[MLP]]:
