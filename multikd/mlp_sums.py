@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multikd.functional import autocast_dtype, without_autocast
+from multikd.onednn import laid_out, pays, product
 
 
 class MLP(NamedTuple):
@@ -107,8 +108,7 @@ class _MLPSums(torch.autograd.Function):
                 hidden.append(units)
                 w2 = _side_by_side([mlp.w2 for mlp in own], dtype)
                 b2 = torch.stack([mlp.b2 for mlp in own]).sum(0).to(dtype)
-                result = torch.addmm(b2, F.gelu(units), w2.t())
-                results.append(result.view(*shape, -1))
+                results.append(_affine(F.gelu(units), w2, b2).view(*shape, -1))
         ctx.save_for_backward(*rows, *hidden, *tensors[count:])
         ctx.facts = (count, dtype, skip, shape, [x.dtype for x in inputs])
         ctx.set_materialize_grads(False)
@@ -193,7 +193,11 @@ def _backward_of(
     to_w2 = g.t() @ active
     to_b2 = g.sum(0)  # accumulated in float32, whatever the dtype
     joined = _side_by_side([mlp.w2 for mlp in mlps], dtype)
-    toward_hidden = torch.mm(g, joined, out=active)  # the activations' memory once more
+    if g.dtype == torch.float32 and pays(g, joined, g.dtype):
+        del active
+        toward_hidden = product(g, laid_out(joined.t(), len(g)))
+    else:
+        toward_hidden = torch.mm(g, joined, out=active)  # the activations' memory once more
     torch.ops.aten.gelu_backward.grad_input(toward_hidden, units, grad_input=toward_hidden)
     del units
     to_b1 = toward_hidden.sum(0)
@@ -215,6 +219,13 @@ def _hidden(rows: Sequence[Tensor], mlps: Sequence[MLP], dtype: torch.dtype) -> 
     for (start, end), x, mlp in zip(pairwise(ends), rows, mlps, strict=True):
         torch.addmm(mlp.b1.to(dtype), x, mlp.w1.to(dtype).t(), out=units[:, start:end])
     return units
+
+
+def _affine(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``rows · weightᵀ + bias``."""
+    if pays(rows, weight, rows.dtype):
+        return product(rows, laid_out(weight, len(rows)), bias)
+    return torch.addmm(bias, rows, weight.t())
 
 
 def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

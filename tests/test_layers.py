@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
         *("untrusted", "redaction", "imports"),
         *("config_errors", "config_files", "config_parser", "fit_help"),
     },
-    {"functional", "distributed", "backbones", "mlp_sums", "performance", "saving", "pages"},
+    {"functional", "distributed", "backbones", "mlp_sums", "onednn", "performance", "saving", "pages"},
     {"teachers", "students", "projectors", "normalizers", "grids"},
     {"ladder", "losses"},
     {"data", "optim"},

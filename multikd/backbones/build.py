@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from multikd.backbones.attention import choose_attention
+from multikd.backbones.kernels import use_quick_operators
 from multikd.backbones.weights import load_weights, read_state_dict
 from multikd.errors import unknown_name
 
@@ -133,7 +133,7 @@ def _create(
     while True:
         try:
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
-            choose_attention(model)
+            use_quick_operators(model)
             return model
         except TypeError as error:
             refused = [key for key in settings if f"'{key}'" in str(error)]

@@ -3,26 +3,23 @@
 torch computes ``x Wᵀ + b`` on a CPU by copying the bias into every row of the result and adding
 the product to it, and a GELU reads and writes that once more: of a ViT-S teacher in bfloat16 these
 passes over memory were a fifth of the time. oneDNN does both while a tile of the result is still in
-a register, with a weight laid out for it beforehand, which pays for weights that never change.
-The operator is the one that torch's own compiler emits for frozen CPU models.
+a register, with a weight laid out for it beforehand (``multikd.onednn``), once, since a teacher's
+never changes.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import platform
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from multikd.onednn import LEAST_WEIGHTS, available, laid_out, product
 
 log = logging.getLogger(__name__)
-
-_LEAST_WEIGHTS = 1 << 14  # smaller products are over before any of this matters
 
 
 class PackedLinear(nn.Linear):
@@ -43,11 +40,8 @@ class PackedLinear(nn.Linear):
         if not self._serves(input):
             plain = F.linear(input, self.weight, self.bias)
             return plain if self.gelu is None else F.gelu(plain, approximate=self.gelu)
-        attribute, algorithm = ("none", "") if self.gelu is None else ("gelu", self.gelu)
         rows = input.reshape(-1, self.in_features)
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self._weight(len(rows)), self.bias, attribute, [], algorithm
-        )
+        found = product(rows, self._weight(len(rows)), self.bias, self.gelu)
         return found.view(*input.shape[:-1], self.out_features)
 
     def _serves(self, input: Tensor) -> bool:
@@ -60,15 +54,14 @@ class PackedLinear(nn.Linear):
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-            and _available(input.dtype)
+            and available(input.dtype)
         )
 
     def _weight(self, rows: int) -> Tensor:
         """The weight in oneDNN's layout; laid out anew when it was moved, cast or written to."""
         now = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
         if self._packed is None or self._packed[0] != now:
-            laid = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
-            self._packed = (now, laid)
+            self._packed = (now, laid_out(self.weight, rows))
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +83,7 @@ def pack_linears(encoder: nn.Module) -> int:
         if _packable(module):
             _pack(cast(nn.Linear, module), None)
     count = sum(isinstance(module, PackedLinear) for module in encoder.modules())
-    _available(torch.float32)  # here, so that torch's counter of FLOP knows the product in time
+    available(torch.float32)  # here, so that torch's counter of FLOP knows the product in time
     log.debug("%d linear layers of %s are packed on CPUs", count, type(encoder).__name__)
     return count
 
@@ -104,7 +97,7 @@ def _pack(linear: nn.Linear, gelu: str | None) -> None:
 def _packable(module: object) -> bool:
     return (
         type(module) is nn.Linear
-        and module.weight.numel() >= _LEAST_WEIGHTS
+        and module.weight.numel() >= LEAST_WEIGHTS
         and not _hooked(module)
         and not module.weight.requires_grad
     )
@@ -118,33 +111,3 @@ def _only_gelu(mlp: Mlp) -> bool:
 def _hooked(module: nn.Module) -> bool:
     parametrized = hasattr(module, "parametrizations")
     return parametrized or bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _available(dtype: torch.dtype) -> bool:
-    if dtype not in _KINDS:
-        _KINDS[dtype] = _has_operator(dtype)
-    return _KINDS[dtype]
-
-
-_KINDS: dict[torch.dtype, bool] = {}
-
-
-def _has_operator(dtype: torch.dtype) -> bool:
-    """Whether this torch and processor have the product in this dtype (of no public interface)."""
-    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not built or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    mkldnn = torch.ops.mkldnn
-    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-    if not all(hasattr(mkldnn, name) for name in names):
-        return False
-    if mkldnn._linear_pointwise not in flop_registry:
-        register_flop_formula(mkldnn._linear_pointwise)(_flop)  # torch's counter knows it not
-    if dtype == torch.bfloat16:
-        return bool(mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
-
-
-def _flop(rows: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """FLOP of a product: ``rows (…, in)``, ``weight (out, in)``."""
-    return 2 * math.prod(rows[:-1]) * weight[0] * weight[1]

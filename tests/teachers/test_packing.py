@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from multikd.teachers import Teacher, TimmEncoder
-from multikd.teachers.packing import PackedLinear, _available, pack_linears
+from multikd.onednn import available
+from multikd.teachers.packing import PackedLinear, pack_linears
 
 ARGUMENTS = {"vit_test": ("test_vit", 32)}
 
@@ -57,7 +58,7 @@ def test_gelu_goes_into_the_product_and_stays_where_there_is_none() -> None:
     layers = packed_layers(module)
     assert count == len(layers) == 12 * 4 + 1  # four a block, and the classifier
     assert sum(layer.gelu == "none" for layer in layers) == 12
-    if not _available(torch.float32):
+    if not available(torch.float32):
         pytest.skip("this processor has no oneDNN products")
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         module(torch.rand(1, 3, 64, 64))

@@ -1,12 +1,17 @@
 """A whole training step against a naive one: teachers, student, ladder, losses, backward, AdamW.
 
-    python tools/bench/step.py [--dtypes bfloat16 float32] [--json FILE]
+    python tools/bench/step.py [--dtypes bfloat16 float32] [--json FILE] [--published FOLDER]
 
 A ViT-S/16 student, four ViT-S/16 teachers (random weights; the arithmetic does not care), batch 16
 of uint8 images of 224 px, UNIC's ladder (hidden 384/1536) with hardest-kept dropping. *Naive* runs
-the same timm models under autocast, the ladder, losses and dropping of `naive.py`, and torch's
-AdamW as it comes. *Ours* is `DistillationModule.step` with teachers in bfloat16 weights; *cached*
-is the same with the teachers' features in the batch. All under one allocator and the same flags.
+the same models as timm makes them under autocast, the ladder, losses and dropping of `naive.py`,
+and torch's AdamW as it comes; its student has torch's fused attention and its teachers products
+and a softmax, as in the published code. *Ours* is `DistillationModule.step` with teachers in
+bfloat16 weights; *cached* is the same with the teachers' features in the batch. All under one
+allocator and the same flags.
+
+`--published FOLDER` (a checkout of naver/unic) also runs the published step: its own student,
+ladder, loss, dropping and standardiser, and four of its DINO teachers in the size of a ViT-S.
 
 The floor beside: FLOP of the step's products, counted, at the rate of a 2048³ product in the same
 run. Parts of ours are timed in three steps more.
@@ -15,11 +20,14 @@ run. Parts of ours are timed in three steps more.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from measuring import arguments, finish, in_turns, product_rate, ratio, shown, summary
@@ -37,6 +45,7 @@ from multikd.teachers import Teacher, TimmEncoder
 from multikd.types import Batch, StudentOutput, TokenFeatures
 
 ARCHITECTURE = "vit_small_patch16_224"
+M = TypeVar("M", bound=nn.Module)
 
 
 def build(count: int, dtype: torch.dtype, size: int = 224) -> DistillationModule:
@@ -137,10 +146,12 @@ class Naive:
     def __init__(self, module: DistillationModule, dtype: torch.dtype) -> None:
         self.dtype = dtype
         size = module.student.spec.image_size[0]
-        self.student = StudentEncoder(ARCHITECTURE, image_size=size).train()
+        self.student = as_timm_makes_it(StudentEncoder(ARCHITECTURE, image_size=size).train())
         self.ladder = NaiveLadder(module.ladder)
         self.teachers = {
-            name: TimmEncoder(ARCHITECTURE, pretrained=False, image_size=size).eval()
+            name: as_timm_makes_it(
+                TimmEncoder(ARCHITECTURE, pretrained=False, image_size=size).eval(), fused=False
+            )
             for name in module.teacher_names
         }
         self.normalize = NaiveStandardizer()
@@ -166,6 +177,80 @@ class Naive:
         total.backward()  # type: ignore[no-untyped-call]
         total.item()
         self.optimizer.step()
+
+
+class Published:
+    """The step of naver/unic, from a checkout, with its readings by the host."""
+
+    def __init__(self, folder: Path, teachers: int, dtype: torch.dtype) -> None:
+        sys.path.insert(0, str(folder))
+        from dinov2.models.vision_transformer import get_model  # type: ignore[import-not-found]
+        from modeling.losses import unic_loss  # type: ignore[import-not-found]
+        from modeling.unic import LP, UNIC  # type: ignore[import-not-found]
+        from teachers import get_teacher_output  # type: ignore[import-not-found]
+        from teachers.vit_dino import VisionTransformer  # type: ignore[import-not-found]
+
+        self.dtype, self.loss, self.run = dtype, unic_loss, get_teacher_output
+        encoder = get_model(arch="vit_small", patch_size=16, drop_path_rate=0.0, img_size=224)
+        names = [f"teacher{t}" for t in range(teachers)]
+        ladder = LP(384, dict.fromkeys(names, 384), 12, hidden_dim=384, last_hidden_dim=1536)
+        self.model = UNIC(encoder, ladder).train()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.teachers = {
+            name: VisionTransformer(
+                img_size=[224],
+                patch_size=16,
+                embed_dim=384,
+                depth=12,
+                num_heads=6,
+                qkv_bias=True,
+                norm_layer=norm,
+            )
+            .eval()
+            .requires_grad_(False)
+            for name in names
+        }
+        self.statistics = {
+            name: {
+                "cls": {"mean": torch.zeros(1, 384), "std": torch.ones(1, 384)},
+                "patch": {"mean": torch.zeros(1, 1, 384), "std": torch.ones(1, 1, 384)},
+            }
+            for name in names
+        }
+        self.optimizer = _optimizer([("student", self.model)])
+
+    def run_teachers(self, images: Tensor) -> Any:
+        """Float32 weights under autocast, and the standardisers."""
+        with torch.no_grad(), autocast(self.dtype):
+            return self.run(images, self.teachers, self.statistics, 0.5)
+
+    def __call__(self, batch: Batch) -> None:
+        """Everything."""
+        images = batch.views[0].float() / 255.0
+        with autocast(self.dtype):
+            found = self.model(images)
+            targets = self.run_teachers(images)
+            loss, _ = self.loss(found, targets, 0.5, 0.5, 0.5, metric_dict={})
+        loss.item()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def as_timm_makes_it(model: M, fused: bool = True) -> M:
+    """Without this package's operators for CPUs.
+
+    Args:
+        model: of ours.
+        fused: torch's fused attention; else timm's own products and softmax.
+    """
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+        module._forward_hooks_always_called.clear()
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused  # type: ignore[assignment]
+    return model
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -208,6 +293,10 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
         "teachers, naive": lambda: naive.run_teachers(images),
         "teachers, ours": lambda: module.targets(batch, images, 0, module.teacher_names),
     }
+    if options.published:
+        published = Published(options.published, options.teachers, dtype)
+        runs["published"] = lambda: published(batch)
+        runs["teachers, published"] = lambda: published.run_teachers(images)
     times = in_turns(runs, options.repeats, options.warm_up)
     parts = [ours.parts(batch) for _ in range(3)]
     return {
@@ -219,6 +308,14 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
             "whole step": ratio(times["naive"], times["ours"]),
             "from cached features": ratio(times["naive"], times["cached"]),
             "teachers": ratio(times["teachers, naive"], times["teachers, ours"]),
+            **(
+                {
+                    "published to naive": ratio(times["published"], times["naive"]),
+                    "published to ours": ratio(times["published"], times["ours"]),
+                }
+                if options.published
+                else {}
+            ),
         },
         "teachers_to_floor": ratio(
             times["teachers, ours"], [work["teachers"] / rate] * options.repeats
@@ -233,7 +330,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--teachers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--published", type=Path, help="checkout of naver/unic to run beside")
     options = arguments(parser)
     rows: list[tuple[str, ...]] = [("", "median [range]")]
     figures: dict[str, Any] = {}
