@@ -66,9 +66,7 @@ def product(
         gelu: ``none`` (exact) or ``tanh``; None for no GELU.
     """
     attribute, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(
-        rows, weight, bias, attribute, [], algorithm
-    )
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, attribute, [], algorithm)
     return found
 
 

@@ -37,7 +37,7 @@ _HARMLESS = re.compile(
     r"|max_fault_rate|index_dir|shard_cache|shard_cache_gb|val|bank|eval_views|eval_batch_size"
     r"|batch_size|cache|cache_dtype|cache_storage|allow_pipe"
     r"|train(?!\.[^:]*\.(teachers|generic|views)(\.|$))|\w*(retries|timeout|checksum)\w*)(\.|$)"
-    r"|model\.(validate_losses|compile_student)$|model\.student\.grad_checkpointing$"
+    r"|model\.(validate_losses|compile_student|teacher_streams)$|model\.student\.grad_checkpointing$"
     r"|trainer\.(accumulate_grad_batches|devices|num_nodes|max_epochs|max_steps)$"
 )
 _TRAINER = (

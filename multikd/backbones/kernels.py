@@ -209,7 +209,7 @@ def _before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or not inputs or not _plain_tensors(inputs[0]):
         return
     mode = QuickOperators()
-    mode.__enter__()
+    mode.__enter__()  # type: ignore[no-untyped-call]
     _stack().append((module, mode))
 
 
@@ -218,7 +218,7 @@ def _after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         return
     stack = _stack()
     if stack and stack[-1][0] is module:
-        stack.pop()[1].__exit__(None, None, None)
+        stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def _stack() -> list[tuple[nn.Module, QuickOperators]]:

@@ -24,6 +24,7 @@ from multikd.data.claims import PARTIAL, TeacherData, claims
 from multikd.data.module import ShardDataModule
 from multikd.data.resuming import LoaderState
 from multikd.distributed import rank
+from multikd.functional import without_autocast
 from multikd.grids import GridPolicy, resample_patches, target_grid
 from multikd.ladder import Ladder, NoLadder
 from multikd.losses.balancing import FixedWeights, LossBalancer
@@ -53,6 +54,7 @@ from multikd.projectors import MLPProjectors, Projector, ProjectorFactory, Token
 from multikd.students import StudentEncoder
 from multikd.teachers import Teacher, TeacherDict
 from multikd.teachers.resized import shared_sizes
+from multikd.teachers.streams import TeacherStreams
 from multikd.types import TOKEN_TYPES, Batch, Grid, StudentOutput, TokenFeatures, TokenType, Widths
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ class DistillationModule(pl.LightningModule):
         ema_decay: keep an exponential moving average of the student; null for none.
         validate_losses: run the teachers in validation too, for their losses there.
         compile_student: ``torch.compile`` student, ladder and losses.
+        teacher_streams: on an accelerator, run each teacher in a stream of its own: for small
+            teachers at small batches, at the price of the memory of all at once.
         curriculum: which images count yet, easy ones first; null: all of them.
     """
 
@@ -118,6 +122,7 @@ class DistillationModule(pl.LightningModule):
         teacher_data: TeacherData | None = None,
         partition: list[list[str]] | None = None,
         patch_share: float = 1.0,
+        teacher_streams: bool = False,
     ) -> None:
         super().__init__()
         check_names(teachers, terms or {})
@@ -180,6 +185,7 @@ class DistillationModule(pl.LightningModule):
             patch_share, self._objectives(), tokenwise(self.ladder), bool(teacher_data or partition)
         )
         self.patch_share = patch_share
+        self.teacher_streams = TeacherStreams() if teacher_streams else None
         self._told: dict[str, dict[str, str]] = {}  # of a partition's teachers, all ranks'
         self.grid_policy: GridPolicy = target_grid
         self.optimizer_factory = optimizer
@@ -262,7 +268,21 @@ class DistillationModule(pl.LightningModule):
                 return allotted_targets(
                     allotment, batch, images, view == 0, self.teacher, self.run_teacher, patch
                 )
+            if self.teacher_streams is not None and images.device.type != "cpu":
+                return self._side_by_side(self.teacher_streams, images, names)
             return {name: self.run_teacher(name, images) for name in names}
+
+    @torch.no_grad()
+    def _side_by_side(
+        self, streams: TeacherStreams, images: Tensor, names: Sequence[str]
+    ) -> dict[str, TokenFeatures]:
+        patch = self.student.spec.patch_size
+
+        def share(name: str) -> object:
+            with without_autocast(images.device):
+                return self.teacher(name).resize_images(images, patch)
+
+        return streams.run(names, images, share, lambda name: self.run_teacher(name, images))
 
     def run_teacher(self, name: str, images: Tensor) -> TokenFeatures:
         """One teacher's features of float images in [0, 1], live; also what a cache stores.

@@ -276,6 +276,14 @@ class Teacher(nn.Module):
             )
         return size
 
+    def resize_images(self, images: Tensor, student_patch: int | None = None) -> Tensor:
+        """Float images ``(B, 3, H, W)`` in [0, 1] in this teacher's size.
+
+        Within ``shared_sizes`` made once for all teachers of one size.
+        """
+        size = self.input_size((images.shape[2], images.shape[3]), student_patch)
+        return resized(images, size, self.align_corners)
+
     def grid_for(self, image_size: Grid, student_patch: int | None = None) -> Grid | None:
         """The patch grid that images of ``image_size`` give here, after resizing."""
         if self.widths.patches is None:
@@ -324,8 +332,7 @@ class Teacher(nn.Module):
         # Of our encoders the weights are cast; a user's module is run under autocast instead.
         mixed = not own and dtype != torch.float32
         with torch.autocast(device.type, dtype=dtype) if mixed else without_autocast(device):
-            size = self.input_size((images.shape[2], images.shape[3]), student_patch)
-            pixels = resized(images, size, self.align_corners).float()
+            pixels = self.resize_images(images, student_patch).float()
             count = len(pixels)
             if self.mosaic > 1:
                 pixels = compose(pixels, self.mosaic)

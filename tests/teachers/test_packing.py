@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from multikd.teachers import Teacher, TimmEncoder
 from multikd.onednn import available
+from multikd.teachers import Teacher, TimmEncoder
 from multikd.teachers.packing import PackedLinear, pack_linears
 
 ARGUMENTS = {"vit_test": ("test_vit", 32)}

@@ -20,6 +20,7 @@ run. Parts of ours are timed in three steps more.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -187,17 +188,17 @@ class Published:
         from dinov2.models.vision_transformer import get_model  # type: ignore[import-not-found]
         from modeling.losses import unic_loss  # type: ignore[import-not-found]
         from modeling.unic import LP, UNIC  # type: ignore[import-not-found]
-        from teachers import get_teacher_output  # type: ignore[import-not-found]
-        from teachers.vit_dino import VisionTransformer  # type: ignore[import-not-found]
 
-        self.dtype, self.loss, self.run = dtype, unic_loss, get_teacher_output
+        published = importlib.import_module("teachers")  # a file beside this one has that name
+        vision = importlib.import_module("teachers.vit_dino").VisionTransformer
+        self.dtype, self.loss, self.run = dtype, unic_loss, published.get_teacher_output
         encoder = get_model(arch="vit_small", patch_size=16, drop_path_rate=0.0, img_size=224)
         names = [f"teacher{t}" for t in range(teachers)]
         ladder = LP(384, dict.fromkeys(names, 384), 12, hidden_dim=384, last_hidden_dim=1536)
         self.model = UNIC(encoder, ladder).train()
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.teachers = {
-            name: VisionTransformer(
+            name: vision(
                 img_size=[224],
                 patch_size=16,
                 embed_dim=384,
