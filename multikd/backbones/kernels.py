@@ -159,7 +159,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # bfloat16: both ways are as fast. Differentiated twice: autograd's own operators.
             if rows.dtype == torch.float32 and not torch.is_grad_enabled():
-                to_rows = product(rows, laid_out(weight.t(), len(rows)))
+                to_rows = product(rows, weight.t())
             else:
                 to_rows = rows @ weight
             to_x = to_rows.view(x.shape)
