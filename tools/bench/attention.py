@@ -1,11 +1,11 @@
-"""torch's fused attention on a CPU against two plain products and a softmax.
+"""torch's fused attention on a CPU against products and a softmax, timm's and ours.
 
     python tools/bench/attention.py [--dtypes bfloat16 float32] [--json FILE]
 
 Forward alone (a frozen teacher) and forward with backward (the student), of timm's own `Attention`
 layer without its linear parts, at the lengths of 96, 224 and 448 px in patches of 16. Printed
 beside: the products' time at the rate of a 2048³ product in the same run. What is printed here
-decides `multikd/backbones/attention.py`.
+decides `multikd/backbones/kernels.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from measuring import arguments, finish, in_turns, product_rate, ratio, shown, summary
 from torch import Tensor
+
+from multikd.backbones.kernels import attention
 
 HEADS, WIDTH = 6, 64
 SHAPES = ((32, 37), (8, 197), (2, 785))  # images and tokens
@@ -53,6 +55,7 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
                 {
                     "fused": partial(run, F.scaled_dot_product_attention, x, backward),
                     "plain": partial(run, plain, x, backward),
+                    "ours": partial(run, attention, x, backward),
                 },
                 options.repeats,
             )
@@ -61,7 +64,7 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
             figures[name] = {
                 **{way: summary(values) for way, values in times.items()},
                 "floor": flop / rate,
-                "ratio": ratio(times["fused"], times["plain"]),
+                "ratio": ratio(times["fused"], times["ours"]),
             }
     return figures
 
@@ -72,13 +75,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     options = arguments(parser)
     figures: dict[str, Any] = {}
-    rows: list[tuple[str, ...]] = [("ms: median [range]", "floor", "fused", "plain", "plain is")]
+    rows: list[tuple[str, ...]] = [
+        ("ms: median [range]", "floor", "fused", "plain", "ours", "ours is")
+    ]
     for dtype in options.dtypes:
         found = figures[dtype] = measure(options, getattr(torch, dtype))
         for name, row in found.items():
             if name == "product_rate":
                 continue
-            ways = (shown(row[way], scale=1e3) for way in ("fused", "plain"))
+            ways = (shown(row[way], scale=1e3) for way in ("fused", "plain", "ours"))
             rows.append(
                 (f"{dtype}, {name}", f"{1e3 * row['floor']:.2g}", *ways, shown(row["ratio"], "×"))
             )
