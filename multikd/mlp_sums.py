@@ -190,7 +190,7 @@ def _backward_of(
 
     g, units = of(gradient.reshape(-1, width)).to(dtype), held.pop()
     # Their rows are read where they lie: a copy of the chosen ones would be the largest of all.
-    pieces = _pieces(chosen, images, len(units) // max(images, 1))
+    pieces = _pieces(chosen, len(units) // max(images, 1))
     active = units.new_empty((len(g), units.shape[1]))
     for there, here in pieces:
         torch.ops.aten.gelu.out(units[there], out=active[here])
@@ -254,12 +254,11 @@ def _used(gradient: Tensor) -> Tensor | None:
     return None if len(chosen) == len(used) else chosen
 
 
-def _pieces(chosen: Tensor | None, images: int, rows: int) -> list[tuple[slice, slice]]:
+def _pieces(chosen: Tensor | None, rows: int) -> list[tuple[slice, slice]]:
     """Rows of chosen images that follow one another: where they lie, and among the chosen.
 
     Args:
         chosen: indices of images, ascending; None for all.
-        images: how many there are.
         rows: of one image.
     """
     if chosen is None:

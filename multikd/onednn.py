@@ -13,7 +13,7 @@ import platform
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 LEAST_WEIGHTS = 1 << 14  # smaller products are over before any of this matters
@@ -36,7 +36,8 @@ def pays(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         dtype: that both are cast to.
     """
     return (
-        rows.device.type == "cpu"
+        _plain(rows, weight)
+        and rows.device.type == "cpu"
         and rows.numel() >= _LEAST_ROWS * rows.shape[-1]
         and weight.numel() >= LEAST_WEIGHTS
         and not torch.compiler.is_compiling()
@@ -66,8 +67,15 @@ def product(
         gelu: ``none`` (exact) or ``tanh``; None for no GELU.
     """
     attribute, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, attribute, [], algorithm)
+    # The operator takes a bias for contiguous, and would read other numbers.
+    own = None if bias is None else bias.contiguous()
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, own, attribute, [], algorithm)
     return found
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Nothing that stands for a tensor: shards, fakes, subclasses."""
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 _KINDS: dict[torch.dtype, bool] = {}

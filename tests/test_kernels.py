@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -100,10 +103,10 @@ def test_recomputed_activations_choose_the_same_way() -> None:
             "vit_tiny_patch16_224",
             image_size=64,
             grad_checkpointing=checkpointing,
-            model_args=TINY,
+            model_args={**TINY, "embed_dim": 128},
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            found = student(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+        with torch.autocast("cpu", torch.bfloat16):  # over 1,024 rows
+            found = student(torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
         found.rungs[-1].patches.float().square().mean().backward()
         return [p.grad for p in student.parameters() if p.grad is not None]
 
@@ -133,6 +136,13 @@ def gradients_of(
     return list(torch.autograd.grad((result.double() * weights).sum(), inputs))
 
 
+needs_onednn = pytest.mark.skipif(
+    not (onednn.available(torch.float32) and onednn.available(torch.bfloat16)),
+    reason="oneDNN has no such products here",
+)
+
+
+@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_as_near_to_float64_as_torch(dtype: torch.dtype, bias: bool) -> None:
@@ -186,6 +196,7 @@ def test_a_mask_with_gradients_is_added() -> None:
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.03)
 
 
+@needs_onednn
 def test_both_are_differentiable_twice() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -203,9 +214,39 @@ def test_both_are_differentiable_twice() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@needs_onednn
+def test_a_bias_may_be_a_view() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(8, 160, 136), torch.randn(144, 136, requires_grad=True)
+    for bias in (torch.randn(144, 2)[:, 0], torch.randn(1).expand(144)):
+        torch.testing.assert_close(
+            kernels.linear(x, w, bias), F.linear(x, w, bias), rtol=1e-4, atol=1e-4
+        )
+
+
+@needs_onednn
+def test_only_what_a_gradient_needs_is_kept() -> None:
+    x, w = torch.randn(1100, 136), torch.randn(144, 136)
+
+    def kept(first: bool, second: bool) -> int:
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kernels.linear(
+                x.clone().requires_grad_(first), w.clone().requires_grad_(second)
+            ).sum().backward()
+        return sum(sizes)
+
+    assert kept(True, False) == w.numel()
+    assert kept(False, True) == x.numel()
+
+
+@needs_onednn
 def test_trained_layers_and_they_alone_take_onednn() -> None:
-    if not onednn.available(torch.float32):
-        pytest.skip("no oneDNN here")
     model = build_model(
         "vit_tiny_patch16_224",
         image_size=64,
@@ -221,11 +262,63 @@ def test_trained_layers_and_they_alone_take_onednn() -> None:
         assert torch.equal(model(images), plain(images))  # as the exported model's
     assert other.onednn == 0
     torch.testing.assert_close(found, plain(images), rtol=1e-4, atol=1e-5)
-    # A few rows, float64 and what is traced are left to torch.
+    # A few rows and float64 are left to torch.
     for left in (lambda: model(images[:2]), lambda: model.double()(images.double())):
         with Seen() as other:
             left()
         assert other.onednn == 0
+
+
+@needs_onednn
+def test_the_first_count_of_operations_is_whole() -> None:
+    source = (
+        "import torch; from torch.utils.flop_counter import FlopCounterMode as C\n"
+        "from multikd.students import StudentEncoder\n"
+        "s = StudentEncoder('vit_tiny_patch16_224', image_size=64)\n"
+        "x, n = torch.rand(64, 3, 64, 64), []\n"
+        "for _ in range(2):\n"
+        "    with C(display=False) as c: s(x)\n"
+        "    n.append(c.get_total_flops())\n"
+        "assert n[0] == n[1], n"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
+
+
+def test_an_interrupt_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = StudentEncoder("vit_tiny_patch16_224", image_size=64, model_args=TINY)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(student.model.blocks[1].attn.qkv, "forward", interrupted)
+    for run in (student, student.features):
+        with pytest.raises(KeyboardInterrupt):
+            run(torch.rand(2, 3, 64, 64))
+        assert not torch.overrides._get_current_function_mode_stack()
+        assert kernels.quick_depth() == 0
+
+
+def test_traces_hold_torchs_operators() -> None:
+    model, images = vit().bfloat16(), torch.randn(2, 3, 64, 64).bfloat16()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises against traces
+        traced = torch.jit.trace(model, images, check_trace=False)
+    names = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::scaled_dot_product_attention" in names
+
+
+def test_functions_of_torch_func_get_gradients() -> None:
+    torch.manual_seed(0)
+    model = vit(embed_dim=128)
+    state = dict(model.named_parameters())
+    images = torch.randn(64, 3, 64, 64)
+
+    def loss(state: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, state, (images,)).square().mean()
+
+    found = torch.func.grad(loss)(state)["blocks.0.mlp.fc1.weight"]
+    wanted = torch.autograd.grad(loss(state), state["blocks.0.mlp.fc1.weight"])[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_export_and_compile_see_plain_layers() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multikd.ladder import Ladder
 from multikd.losses import FeatureLoss, weigh
-from multikd.mlp_sums import MLP, mlp_sums
+from multikd.mlp_sums import MLP, _pieces, mlp_sums
 from multikd.projectors import MLPProjectors, mlp_weights
 from multikd.types import Grid, TokenFeatures, Widths
 
@@ -250,3 +250,47 @@ def test_less_is_kept_for_the_backward_pass() -> None:
         kept.append(sum(storages.values()))
         del output
     assert kept[0] < 0.75 * kept[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_ones_in_onednns_products_equal_float64(dtype: torch.dtype) -> None:
+    """Over 1,024 rows and 16,384 weights, with gaps of unused images."""
+    torch.manual_seed(0)
+    images, tokens, width, out = 9, 150, 24, 130
+    hidden = (96, 64)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape).requires_grad_()
+
+    inputs = [random(images, tokens, width) for _ in hidden]
+    outputs = [
+        [MLP(random(h, width), random(h), random(out, h), random(out)) for h in hidden]
+        for _ in range(2)
+    ]
+    upstream = [torch.randn(images, tokens, out) for _ in outputs]
+    for image in (0, 3, 4, 8):
+        upstream[0][image] = 0
+    tensors = flat(inputs, outputs)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        ours = mlp_sums(inputs, outputs, True)
+    found = torch.autograd.grad(ours, tensors, [g.to(y.dtype) for g, y in zip(upstream, ours)])  # noqa: B905
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    twins = iter(wide[len(inputs) :])
+    exact = one_by_one(
+        wide[: len(inputs)],
+        [[MLP(*(next(twins) for _ in range(4))) for _ in mlps] for mlps in outputs],
+    )
+    wanted = torch.autograd.grad(exact, wide, [g.double() for g in upstream])
+    limit = 2e-6 if dtype == torch.float32 else 2e-2
+    for a, b in zip([*ours, *found], [*exact, *wanted], strict=True):
+        assert (a.double() - b).norm() < limit * b.norm()
+
+
+def test_runs_of_chosen_images() -> None:
+    whole = slice(None)
+    assert _pieces(None, 10) == [(whole, whole)]
+    assert _pieces(torch.tensor([], dtype=torch.int64), 10) == []
+    assert _pieces(torch.tensor([0, 1, 3]), 10) == [
+        (slice(0, 20), slice(0, 20)),
+        (slice(30, 40), slice(20, 30)),
+    ]

@@ -2,7 +2,7 @@
 
 Split by noun: ``build`` (models by name), ``weights`` (files), ``features`` (what a model says),
 ``measure`` (shapes found by a run without data), ``normalize`` (mean and std), ``limits`` (what a
-stranger's model may ask for), ``attention`` (fused or not).
+stranger's model may ask for), ``kernels`` (quicker operators on a CPU).
 """
 
 from multikd.backbones.build import build_model, is_skeleton, known_names, skeleton

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from multikd.backbones.kernels import leave_quick, quick_depth
 from multikd.backbones.measure import dry_run, reached_parameters
 from multikd.types import Grid, TokenFeatures
 
@@ -50,7 +51,11 @@ def final_features(model: nn.Module, images: Tensor) -> TokenFeatures:
     a classifier returns exactly it; ``patches (B, N, D_p)`` the final normed patch tokens or
     feature map; ``logits (B, K)`` where there is a classifier.
     """
-    final = model.forward_features(images)  # type: ignore[operator]
+    inside = quick_depth()
+    try:
+        final = model.forward_features(images)  # type: ignore[operator]
+    finally:
+        leave_quick(inside)
     return _read_final(model, final, _size(images))
 
 
@@ -65,9 +70,13 @@ def rung_features(
     class attention) are trained too.
     """
     options = _TOKENS if plan.tokens else {}
-    final, outputs = model.forward_intermediates(  # type: ignore[operator]
-        images, indices=list(plan.indices), **options
-    )
+    inside = quick_depth()
+    try:
+        final, outputs = model.forward_intermediates(  # type: ignore[operator]
+            images, indices=list(plan.indices), **options
+        )
+    finally:
+        leave_quick(inside)
     features = _read_final(model, final, _size(images))
     rungs = [_read_rung(output, plan, features.grid) for output in outputs]
     if plan.last_is_final and plan.indices[-1] == plan.count - 1:

@@ -7,8 +7,8 @@
   their input, too.
 
 Frozen teachers' linear layers are packed once instead (``multikd.teachers.packing``). Nothing of a
-model's modules, names or state changes, and nothing on an accelerator, under ``torch.compile`` or
-while a model is exported.
+model's modules, names or state changes, and nothing on an accelerator, under ``torch.compile``,
+``torch.func``, tracing or export.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from multikd.functional import autocast_dtype
-from multikd.onednn import LEAST_WEIGHTS, laid_out, pays, product
+from multikd.onednn import LEAST_WEIGHTS, available, laid_out, pays, product
 
 # The table of weights (heads × tokens²) is kept for the backward pass, so only short sequences.
 _MOST_TOKENS = {True: 512, False: 1024}  # by whether gradients are recorded
@@ -53,9 +53,12 @@ def use_quick_operators(model: nn.Module) -> None:
     """Let a model's attention modules and MLPs run within ``QuickOperators``, by hooks of theirs.
 
     Theirs and not the model's, so that activations that are computed again in the backward pass
-    take the same way.
+    take the same way (not with reentrant checkpointing, which runs forward without gradients).
     """
+    available(torch.float32)  # here, so that torch's counter of FLOP knows the products in time
     for module in model.modules():
+        if module is model:
+            continue
         if getattr(module, "fused_attn", False) is True or _has_linear(module):
             module.register_forward_pre_hook(_before)
             module.register_forward_hook(_after, always_call=True)
@@ -64,9 +67,7 @@ def use_quick_operators(model: nn.Module) -> None:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` with gradients: ``(…, in)`` → ``(…, out)`` in the dtype of autocast."""
     dtype = autocast_dtype(input.device) or input.dtype
-    # Cast here, where autograd sees it.
-    cast_bias = None if bias is None else bias.to(dtype)
-    found: Tensor = _Linear.apply(input.to(dtype), weight.to(dtype), cast_bias)
+    found: Tensor = _Linear.apply(input.to(dtype), weight, bias)
     return found
 
 
@@ -116,6 +117,8 @@ def plain_is_faster(
         and key.shape[-2] <= _MOST_TOKENS[torch.is_grad_enabled()]
         and (attn_mask is None or attn_mask.is_floating_point())
         and not (dropout_p or is_causal or enable_gqa)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     )
 
 
@@ -139,34 +142,44 @@ def _trained(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def _plain_tensors(*tensors: object) -> bool:
-    """Nothing that stands for a tensor: shards, fakes, traces."""
-    return all(type(t) in _TENSORS and cast(Tensor, t).device.type == "cpu" for t in tensors)
+    """On a CPU, and nothing that stands for a tensor: shards, fakes, those of ``torch.func``."""
+    return not torch._C._are_functorch_transforms_active() and all(
+        type(t) in _TENSORS and cast(Tensor, t).device.type == "cpu" for t in tensors
+    )
 
 
 class _Linear(torch.autograd.Function):
+    """In the dtype of ``x``. A weight of another dtype is cast anew in the backward pass: a copy
+    that is kept for it would be as large as the model."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(x, weight)
-        found = product(rows, laid_out(weight, len(rows)), bias)
+        laid = laid_out(weight.to(x.dtype), len(rows))
+        found = product(rows, laid, None if bias is None else bias.to(x.dtype))
         return found.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
         to_x = to_weight = to_bias = None
         rows = gradient.reshape(-1, gradient.shape[-1])
-        if ctx.needs_input_grad[0]:
+        if weight is not None:
+            cast_weight = weight.to(rows.dtype)
             # bfloat16: both ways are as fast. Differentiated twice: autograd's own operators.
             if rows.dtype == torch.float32 and not torch.is_grad_enabled():
-                to_rows = product(rows, weight.t())
+                to_rows = product(rows, cast_weight.t())
             else:
-                to_rows = rows @ weight
-            to_x = to_rows.view(x.shape)
-        if ctx.needs_input_grad[1]:
-            to_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+                to_rows = rows @ cast_weight
+            to_x = to_rows.view(*gradient.shape[:-1], -1)
+        if x is not None:
+            to_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight_dtype)
         if ctx.needs_input_grad[2]:
-            to_bias = rows.sum(0)
+            to_bias = rows.sum(0).to(bias_dtype)
         return to_x, to_weight, to_bias
 
 
@@ -219,6 +232,18 @@ def _after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     stack = _stack()
     if stack and stack[-1][0] is module:
         stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+def quick_depth() -> int:
+    """How many modules are inside ``QuickOperators`` on this thread."""
+    return 0 if torch.compiler.is_compiling() else len(_stack())
+
+
+def leave_quick(depth: int) -> None:
+    """Leave those that an interrupt left behind: torch runs a module's hooks upon errors only."""
+    if not torch.compiler.is_compiling():
+        while len(_stack()) > depth:
+            _stack().pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def _stack() -> list[tuple[nn.Module, QuickOperators]]:

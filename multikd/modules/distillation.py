@@ -91,7 +91,7 @@ class DistillationModule(pl.LightningModule):
         ema_decay: keep an exponential moving average of the student; null for none.
         validate_losses: run the teachers in validation too, for their losses there.
         compile_student: ``torch.compile`` student, ladder and losses.
-        teacher_streams: on an accelerator, run each teacher in a stream of its own: for small
+        teacher_streams: on a GPU (CUDA, XPU), run each teacher in a stream of its own: for small
             teachers at small batches, at the price of the memory of all at once.
         curriculum: which images count yet, easy ones first; null: all of them.
     """
@@ -268,7 +268,7 @@ class DistillationModule(pl.LightningModule):
                 return allotted_targets(
                     allotment, batch, images, view == 0, self.teacher, self.run_teacher, patch
                 )
-            if self.teacher_streams is not None and images.device.type != "cpu":
+            if self.teacher_streams is not None and images.device.type in ("cuda", "xpu"):
                 return self._side_by_side(self.teacher_streams, images, names)
             return {name: self.run_teacher(name, images) for name in names}
 

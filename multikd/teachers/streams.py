@@ -44,7 +44,7 @@ class TeacherStreams:
             run: one teacher's features.
         """
         module = self._device_module or torch.get_device_module(images.device)
-        here = module.current_stream()
+        here = module.current_stream(images.device)
         for name in names:
             share(name)
         found: dict[str, TokenFeatures] = {}
@@ -61,7 +61,7 @@ class TeacherStreams:
 
     def _stream(self, module: Any, device: torch.device, name: str) -> Any:
         if (device, name) not in self._streams:
-            self._streams[device, name] = module.Stream()
+            self._streams[device, name] = module.Stream(device)
         return self._streams[device, name]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from multikd.types import TokenFeatures
 class Stream:
     """Its clock: how much of every stream, itself included, is done before its next operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.clock: dict[Stream, int] = {self: 0}
 
     def wait_stream(self, other: Stream) -> None:
@@ -46,7 +46,7 @@ class Device:
         self.now = self.first = Stream()
         self.kept: list[tuple[Tensor, Stream]] = []  # memory that stays until a stream is done
 
-    def current_stream(self) -> Stream:
+    def current_stream(self, device: torch.device) -> Stream:
         return self.now
 
     @contextmanager
