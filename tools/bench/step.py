@@ -14,7 +14,8 @@ allocator and the same flags.
 ladder, loss, dropping and standardiser, and four of its DINO teachers in the size of a ViT-S.
 
 The floor beside: FLOP of the step's products, counted, at the rate of a 2048³ product in the same
-run. Parts of ours are timed in three steps more.
+run. Parts of ours are timed in three steps more, each beside the floor of its own products (those
+of the kept images, in the ladder's backward pass).
 """
 
 from __future__ import annotations
@@ -103,9 +104,11 @@ class Ours:
         self.optimizer.step()
         self.number += 1
 
-    def parts(self, batch: Batch) -> dict[str, float]:
-        """Seconds of each part of one step."""
-        module, clock = self.module, time.perf_counter
+    def parts(
+        self, batch: Batch, clock: Callable[[], float] = time.perf_counter
+    ) -> dict[str, float]:
+        """Seconds of each part of one step, or what else ``clock`` counts."""
+        module = self.module
         marks = [("", clock())]
         self.optimizer.zero_grad()
         images = batch.views[0].float().div_(255.0)
@@ -300,6 +303,8 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
         runs["teachers, published"] = lambda: published.run_teachers(images)
     times = in_turns(runs, options.repeats, options.warm_up)
     parts = [ours.parts(batch) for _ in range(3)]
+    with FlopCounterMode(display=False) as counter:
+        products = ours.parts(batch, lambda: float(counter.get_total_flops()))
     rate = max(rate, product_rate(dtype))  # the first may have met a busy moment
     return {
         "product_rate": rate,
@@ -323,6 +328,7 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
             times["teachers, ours"], [work["teachers"] / rate] * options.repeats
         ),
         "parts": {name: summary([p[name] for p in parts]) for name in parts[0]},
+        "floor_of_parts": {name: count / rate for name, count in products.items()},
     }
 
 
@@ -343,7 +349,9 @@ def main() -> None:
         rows += [(f"{name}: {w}, ms", shown(v, scale=1e3)) for w, v in found["seconds"].items()]
         rows += [(f"{name}: {w}, ratio", shown(v, "×")) for w, v in found["ratio"].items()]
         rows.append((f"{name}: teachers to floor", shown(found["teachers_to_floor"], "×")))
-        rows += [(f"{name}: part {w}, ms", shown(v, scale=1e3)) for w, v in found["parts"].items()]
+        for part, seconds in found["parts"].items():
+            floor = f"; floor {1e3 * found['floor_of_parts'][part]:.0f}"
+            rows.append((f"{name}: part {part}, ms", shown(seconds, scale=1e3) + floor))
     finish(figures, "training step", rows, options.json)
 
 
