@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import platform
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,9 @@ def pays(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         dtype: that both are cast to.
     """
     return (
-        _plain(rows, weight)
-        and rows.device.type == "cpu"
+        on_cpu_now(rows, weight)
         and rows.numel() >= _LEAST_ROWS * rows.shape[-1]
         and weight.numel() >= LEAST_WEIGHTS
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
         and available(dtype)
     )
 
@@ -73,9 +70,20 @@ def product(
     return found
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Nothing that stands for a tensor: shards, fakes, subclasses."""
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+def on_cpu_now(*tensors: object) -> bool:
+    """Whether these are tensors on a CPU whose operators run as they are called.
+
+    No shards, fakes or those of ``torch.func``, and nothing is compiled or traced.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+        and not torch._C._are_functorch_transforms_active()
+        and all(
+            type(t) in (Tensor, nn.Parameter) and cast(Tensor, t).device.type == "cpu"
+            for t in tensors
+        )
+    )
 
 
 _KINDS: dict[torch.dtype, bool] = {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from multikd.functional import autocast_dtype
-from multikd.onednn import LEAST_WEIGHTS, available, laid_out, pays, product
+from multikd.onednn import LEAST_WEIGHTS, available, laid_out, on_cpu_now, pays, product
 
 # The table of weights (heads × tokens²) is kept for the backward pass, so only short sequences.
 _MOST_TOKENS = {True: 512, False: 1024}  # by whether gradients are recorded
-_TENSORS = (Tensor, nn.Parameter)
 
 
 class QuickOperators(TorchFunctionMode):
@@ -110,15 +109,13 @@ def plain_is_faster(
 ) -> bool:
     """Whether ``attention`` is the faster way here and now, and can do it."""
     return (
-        _plain_tensors(query, key, value)
+        on_cpu_now(query, key, value)
         and (autocast_dtype(query.device) or query.dtype) == torch.bfloat16
         and query.ndim == 4
         and query.shape[:2] == key.shape[:2]
         and key.shape[-2] <= _MOST_TOKENS[torch.is_grad_enabled()]
         and (attn_mask is None or attn_mask.is_floating_point())
         and not (dropout_p or is_causal or enable_gqa)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     )
 
 
@@ -128,7 +125,7 @@ def _trained(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     Without gradients torch's own operator runs, so that a student's features are, bit for bit,
     those of the exported model.
     """
-    if not torch.is_grad_enabled() or not _plain_tensors(input, weight):
+    if not torch.is_grad_enabled() or not on_cpu_now(input, weight):
         return False
     lower = autocast_dtype(input.device)
     if (lower is None and input.dtype != weight.dtype) or torch.float64 in (
@@ -138,13 +135,6 @@ def _trained(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return False
     return (input.requires_grad or weight.requires_grad) and pays(
         input, weight, lower or input.dtype
-    )
-
-
-def _plain_tensors(*tensors: object) -> bool:
-    """On a CPU, and nothing that stands for a tensor: shards, fakes, those of ``torch.func``."""
-    return not torch._C._are_functorch_transforms_active() and all(
-        type(t) in _TENSORS and cast(Tensor, t).device.type == "cpu" for t in tensors
     )
 
 
@@ -219,7 +209,7 @@ _entered = threading.local()
 
 
 def _before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling() or not inputs or not _plain_tensors(inputs[0]):
+    if not inputs or not on_cpu_now(inputs[0]):
         return
     mode = QuickOperators()
     mode.__enter__()  # type: ignore[no-untyped-call]
